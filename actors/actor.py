@@ -1,0 +1,277 @@
+"""The actor: steps its environments epsilon-greedily, builds n-step transitions with first priorities, sends chunks."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from actors.chunks import ChunkBuilder
+from actors.environments import Step, VectorEnvironment
+from actors.n_step import NStepBuilder, Transitions
+from actors.policy import epsilon_greedy
+from common import params as params_module
+from common import schedules, wire
+from common.config import ActorsConfig
+from common.messages import Array, ParamsSnapshot, TransitionChunk
+from common.networks import QNetwork
+from common.planes import codec_of
+from common.priorities import priority
+from common.protocols import ParamsReader, ReplayWriter
+
+
+@dataclass(kw_only=True, slots=True)
+class ActorStats:
+    """Counts of one incarnation since its start; `returns` only of episodes since the last report."""
+
+    slot: int
+    incarnation: int
+    env_steps: int
+    """Transitions of all incarnations of the slot: resets are not counted."""
+    sent: int
+    """Transitions sent by this incarnation."""
+    lost: dict[str, int]
+    params_epoch: int
+    params_version: int
+    epsilon: float
+    """Mean over the actor's environments."""
+    returns: list[float] = field(default_factory=list)
+    """Raw returns of episodes that ended."""
+    waits_for: str | None = None
+    waiting_seconds: float = 0.0
+    """Time spent waiting for replay since the start."""
+
+
+class Actor:
+    """One actor slot: E environments, one batched forward pass a step.
+
+    `step()` does one vector step and never blocks; `run(seconds)` loops and waits where replay asks it to. Called from one
+    thread. Epsilon and seeds belong to the slot, so a replacement goes on where the slot was.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: ActorsConfig,
+        environment: VectorEnvironment,
+        network: QNetwork,
+        replay: ReplayWriter,
+        params: ParamsReader,
+        run: str,
+        slot: int,
+        incarnation: int,
+        seed: int,
+        env_steps: int,
+        priority_floor: float,
+    ) -> None:
+        self._config, self._environment, self._network = config, environment, network
+        self._replay, self._params = replay, params
+        self._run, self._slot, self._incarnation = run, slot, incarnation
+        self._priority_floor = priority_floor
+        seeds = np.random.SeedSequence([seed, slot, incarnation])
+        self._rng = np.random.default_rng(seeds)
+        num_envs, spec = environment.num_envs, environment.spec
+        self._spec = spec
+        self._n_step = NStepBuilder(
+            num_envs=num_envs,
+            n_step=config.n_step,
+            discount=config.discount,
+            reward_clip=config.reward_clip,
+            terminal_reward=config.terminal_reward,
+        )
+        self._chunks = [ChunkBuilder(spec, history=config.n_step + spec.frame_stack + 2) for _ in range(num_envs)]
+        self._pending: tuple[Transitions, Array, dict[int, float]] | None = None
+        self._outbox: deque[TransitionChunk] = deque()
+        self._num_packed_chunks = 0
+        self._num_packed = 0
+        self._num_steps = 0
+        self._returns: list[float] = []
+        self._stats = ActorStats(
+            slot=slot,
+            incarnation=incarnation,
+            env_steps=env_steps,
+            sent=0,
+            lost={},
+            params_epoch=-1,
+            params_version=0,
+            epsilon=1.0,
+        )
+        self._stacks = np.zeros((num_envs, spec.frame_stack, *spec.plane_shape), np.dtype(spec.plane_dtype))
+        self._plane = np.full(num_envs, -1, np.int64)  # Number of the newest plane of each environment.
+        self._first = np.zeros(num_envs, np.int64)  # Number of the plane with which its episode began.
+        planes = environment.reset(int(seeds.generate_state(1)[0] >> 2))
+        self._push_planes(planes, np.ones(num_envs, bool))
+
+    @property
+    def slot(self) -> int:
+        return self._slot
+
+    @property
+    def env_steps(self) -> int:
+        return self._stats.env_steps
+
+    def run(self, seconds: float) -> ActorStats:
+        """Steps for about so many seconds, pausing where replay asks for it; returns the statistics."""
+        deadline = time.monotonic() + seconds
+        self._stats.waits_for = None
+        while (rest := deadline - time.monotonic()) > 0:
+            if not self.send_waiting(min(rest, 0.5)):
+                continue
+            self.step()
+        return self.stats()
+
+    def send_waiting(self, timeout_seconds: float) -> bool:
+        """Sends the chunks that are ready; returns whether all are sent and replay may be given more."""
+        while True:
+            since = time.monotonic()
+            waits_for = self._replay.wait_until_ready(timeout_seconds)
+            self._stats.waiting_seconds += time.monotonic() - since
+            if waits_for is not None:
+                self._stats.waits_for = waits_for
+                return False
+            if not self._outbox:
+                return True
+            chunk = self._outbox.popleft()
+            self._stats.sent += chunk.num_transitions
+            self._replay.push(wire.pack(chunk), chunk.num_transitions)
+
+    def step(self) -> None:
+        """Acts once in every environment."""
+        if self._num_steps % self._config.pull_period_steps == 0:
+            self._pull_params()
+        values = self._values(self._stacks)
+        self._finish_pending(values)
+        epsilon = self._epsilon()
+        actions = epsilon_greedy(self._rng, values, epsilon)
+        result = self._environment.step(actions)
+        self._num_steps += 1
+        self._stats.epsilon = float(epsilon.mean())
+        self._returns += result.episode_return[~np.isnan(result.episode_return)].tolist()
+        source = self._plane.copy()
+        first = self._first.copy()
+        bootstraps = self._push_result(result)
+        is_transition = ~result.is_first
+        transitions = self._n_step.add(
+            source=source,
+            a_tm1=actions,
+            extra=values[np.arange(len(actions)), actions].astype(np.float64),
+            reward=result.reward,
+            terminated=result.terminated,
+            truncated=result.truncated,
+            destination=source + 1,
+            is_transition=is_transition,
+        )
+        self._stats.env_steps += int(is_transition.sum())
+        self._pending = (transitions, first, bootstraps)
+
+    def close(self, timeout_seconds: float) -> ActorStats:
+        """Waits for the answers to chunks in flight, closes the environments and returns the final statistics."""
+        self._replay.drain(timeout_seconds)
+        self._environment.close()
+        return self.stats()
+
+    def stats(self) -> ActorStats:
+        """Returns the statistics; the returns in them are handed out once."""
+        self._stats.returns, self._returns = self._returns, []
+        self._stats.lost = self._replay.lost()
+        return self._stats
+
+    def _pull_params(self) -> None:
+        message = self._params.poll(self._stats.params_epoch, self._stats.params_version)
+        if message is None:
+            return
+        snapshot = wire.unpack(message, ParamsSnapshot)
+        params_module.load(self._network, snapshot)
+        self._stats.params_epoch, self._stats.params_version = snapshot.epoch, snapshot.version
+
+    def _values(self, stacks: Array) -> Array:
+        with torch.inference_mode():
+            return self._network(torch.from_numpy(stacks)).numpy()  # type: ignore[no-any-return]
+
+    def _epsilon(self) -> Array:
+        """Returns f64[E]. The fleet's env steps are taken to be this slot's times the number of slots."""
+        config, num_envs = self._config.exploration, self._environment.num_envs
+        if config.kind == "ladder":
+            num = self._config.num_actors * num_envs
+            rungs = range(self._slot * num_envs, (self._slot + 1) * num_envs)
+            ladder = [schedules.ladder(i, num, base=config.ladder_base, exponent=config.ladder_exponent) for i in rungs]
+            return np.array(ladder)
+        if config.kind == "multiplicative":
+            version = self._stats.params_version
+            epsilon = schedules.multiplicative(version, initial=config.initial, final=config.final, rate=config.decay_rate)
+        else:
+            steps = self._stats.env_steps * self._config.num_actors
+            epsilon = schedules.linear(steps, initial=config.initial, final=config.final, num=config.decay_steps)
+        return np.full(num_envs, epsilon)
+
+    def _push_result(self, result: Step) -> dict[int, float]:
+        """Takes in the new observations; returns the value of last observations that will not be acted on, by environment."""
+        if result.final_planes is None:
+            self._push_planes(result.planes, result.is_first)
+            return {}
+        ended = result.terminated | result.truncated
+        self._push_planes(np.where(_rows(ended, result.planes), result.final_planes, result.planes), result.is_first)
+        cut = np.flatnonzero(result.truncated & ~result.terminated)
+        bootstraps = (
+            dict(zip(cut.tolist(), self._values(self._stacks[cut]).max(axis=1).tolist(), strict=True)) if len(cut) else {}
+        )
+        self._push_planes(result.planes, ended, only=ended)
+        return bootstraps
+
+    def _push_planes(self, planes: Array, is_first: Array, only: Array | None = None) -> None:
+        """Adds one plane to every stack (or to those of `only`); stacks of a new episode begin with zeros."""
+        rows = np.arange(len(planes)) if only is None else np.flatnonzero(only)
+        self._stacks[rows, :-1] = self._stacks[rows, 1:]
+        self._stacks[rows, -1] = planes[rows]
+        self._plane[rows] += 1
+        for row in np.flatnonzero(is_first).tolist():
+            self._stacks[row, :-1] = 0
+            self._first[row] = self._plane[row]
+        for row in rows.tolist():
+            self._chunks[row].add_plane(planes[row])
+
+    def _finish_pending(self, values: Array) -> None:
+        """Gives the last step's transitions their first priorities, now that their destinations have values."""
+        if self._pending is None:
+            return
+        transitions, first, bootstraps = self._pending
+        self._pending = None
+        bootstrap = values.max(axis=1).astype(np.float64)
+        for env, value in bootstraps.items():
+            bootstrap[env] = value
+        td_error = transitions.r_t + transitions.discount_t * bootstrap[transitions.env] - transitions.extra
+        priorities = priority(td_error, floor=self._priority_floor).tolist()
+        t = transitions
+        rows = zip(t.env.tolist(), t.source.tolist(), t.destination.tolist(), t.a_tm1.tolist(), strict=True)
+        scalars = zip(t.r_t.tolist(), t.discount_t.tolist(), priorities, strict=True)
+        for (env, source, destination, a_tm1), row_scalars in zip(rows, scalars, strict=True):
+            self._chunks[env].add_transition(source, destination, int(first[env]), a_tm1, row_scalars)
+        for chunk in self._chunks:
+            too_large = chunk.num_bytes >= self._config.chunk_bytes
+            if chunk.num_transitions >= self._config.chunk_transitions or (too_large and chunk.num_transitions):
+                self._pack(chunk)
+
+    def _pack(self, chunk: ChunkBuilder) -> None:
+        fields = chunk.take()
+        packed = TransitionChunk(
+            run=self._run,
+            actor_slot=self._slot,
+            incarnation=self._incarnation,
+            seq=self._num_packed_chunks,
+            num_sent_before=self._num_packed,
+            params_version=self._stats.params_version,
+            codec=codec_of(self._spec.plane_dtype),
+            plane_dtype=self._spec.plane_dtype,
+            **fields,
+        )
+        self._num_packed_chunks += 1
+        self._num_packed += packed.num_transitions
+        self._outbox.append(packed)
+
+
+def _rows(mask: Array, like: Array) -> Array:
+    """Returns the mask [E] shaped so that it picks rows of `like` [E, ...]."""
+    return mask.reshape(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,468 @@
+"""The configuration of a run: frozen, checked, documented under each field with unit and source.
+
+A default lives here and nowhere else; recipes (`deploy/recipes.py`) say only where they depart from it. `None` means off.
+Every section goes to its role's constructor and no further: functions get numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+class ByteSize(int):
+    """A number of bytes, written as 512MiB, 4GiB or a plain number."""
+
+    @classmethod
+    def parse(cls, text: str) -> ByteSize:
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", text.lower())
+        if match is None or match.group(2) not in _UNITS:
+            raise ValueError(f"{text!r} is not a size: write 512MiB or 4GiB")
+        return cls(float(match.group(1)) * _UNITS[match.group(2)])
+
+    def __str__(self) -> str:
+        for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+            if self >= unit:
+                return f"{self / unit:.4g}{name}"
+        return f"{int(self)}B"
+
+    __repr__ = __str__
+
+
+class EnvSpec(NamedTuple):
+    """What a network and a shard must know of an environment."""
+
+    plane_shape: tuple[int, ...]
+    plane_dtype: str
+    """'|u1' for pixels, '<f4' for vectors."""
+    frame_stack: int
+    num_actions: int
+
+
+def _require(ok: bool, text: str) -> None:
+    if not ok:
+        raise ValueError(text)
+
+
+def _require_positive(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or (value > 0 and math.isfinite(value)), f"{section}.{name} must be positive, got {value}")
+
+
+def _require_fraction(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or 0.0 <= value <= 1.0, f"{section}.{name} must be in [0, 1], got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnvConfig:
+    """The environment: an Atari game, or any Gymnasium environment with Discrete actions and a Box observation."""
+
+    game: str
+    """ALE game as its ROM is named (pong, ms_pacman), or a Gymnasium id (CartPole-v1)."""
+
+    frame_stack: int = 1
+    """Observations stacked to one network input. Mnih et al. 2015: 4 for Atari."""
+
+    frame_skip: int = 4
+    """Atari: emulator frames per step; the pixelwise maximum of the last two is seen."""
+
+    sticky_action_probability: float = 0.0
+    """Atari: chance that the emulator repeats the last action. 0 as in Mnih et al. 2015; 0.25 in Machado et al. 2018."""
+
+    full_action_set: bool = False
+    """Atari: all 18 actions, not only those that the game uses."""
+
+    max_episode_frames: int = 108_000
+    """Atari: emulator frames after which an episode is truncated (30 minutes)."""
+
+    noop_max: int = 30
+    """Atari: at most so many random no-op frames at the start of an episode."""
+
+    life_loss_terminates: bool = False
+    """Atari: training sees a lost life as a terminal state; the game goes on. Evaluation never does."""
+
+    def __post_init__(self) -> None:
+        _require_positive("env", self, "frame_stack", "frame_skip", "max_episode_frames")
+        _require_fraction("env", self, "sticky_action_probability")
+        _require(self.noop_max >= 0, f"env.noop_max must not be negative, got {self.noop_max}")
+
+    @property
+    def is_atari(self) -> bool:
+        return not re.search(r"-v\d+$", self.game)
+
+    @property
+    def frames_per_step(self) -> int:
+        return self.frame_skip if self.is_atari else 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkConfig:
+    """The Q-network."""
+
+    torso: Literal["mlp", "dqn2013", "nature"] = "mlp"
+    """mlp: none, the flattened observation; dqn2013: conv 16 8x8/4, 32 4x4/2 (Mnih et al. 2013);
+    nature: conv 32 8x8/4, 64 4x4/2, 64 3x3/1 (Mnih et al. 2015)."""
+
+    hidden_sizes: tuple[int, ...] = (256,)
+    """Units of each hidden fully connected layer (ReLU). 256 for dqn2013, 512 for nature."""
+
+    dueling: bool = False
+    """State value and advantages in two heads (Wang et al. 2016, arXiv:1511.06581); each has its own hidden layers."""
+
+    layer_norm: bool = False
+    """Layer normalization before every ReLU, over channels and positions on convolutions (Ba et al. 2016)."""
+
+    def __post_init__(self) -> None:
+        _require(all(n > 0 for n in self.hidden_sizes), f"network.hidden_sizes must be positive, got {self.hidden_sizes}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExplorationConfig:
+    """Epsilon of the epsilon-greedy actors."""
+
+    kind: Literal["linear", "multiplicative", "ladder"] = "linear"
+    """linear: from initial to final over decay_steps env steps of the whole fleet; multiplicative: initial times
+    decay_rate at each learner update, not below final; ladder: one constant for each environment (Ape-X)."""
+
+    initial: float = 1.0
+    """Epsilon at the start."""
+
+    final: float = 0.05
+    """Epsilon at the end."""
+
+    decay_steps: int = 100_000
+    """linear: env steps from initial to final."""
+
+    decay_rate: float = 0.995
+    """multiplicative: factor per update."""
+
+    ladder_base: float = 0.4
+    """ladder: epsilon_i = base ** (1 + exponent * i / (N - 1)) (Horgan et al. 2018)."""
+
+    ladder_exponent: float = 7.0
+    """ladder: see ladder_base."""
+
+    def __post_init__(self) -> None:
+        _require_fraction("actors.exploration", self, "initial", "final", "decay_rate", "ladder_base")
+        _require_positive("actors.exploration", self, "decay_steps")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActorsConfig:
+    """The fleet of actors, and what they make of rewards."""
+
+    num_actors: int = 1
+    """Actor processes."""
+
+    num_envs: int = 8
+    """Environments that each actor steps together, with one batched forward pass."""
+
+    n_step: int = 1
+    """Steps over which rewards are summed before bootstrapping."""
+
+    discount: float = 0.99
+    """gamma, per step."""
+
+    reward_clip: float | None = None
+    """Training rewards are clipped to [-reward_clip, reward_clip]; returns that people see are not. None: off."""
+
+    terminal_reward: float | None = None
+    """Training reward of a terminating step, in place of the environment's. None: off."""
+
+    exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
+
+    chunk_transitions: int = 64
+    """Transitions of one environment sent together; a chunk also ends before it passes chunk_bytes."""
+
+    chunk_bytes: int = 90_000
+    """Encoded planes after which a chunk is sent. Ray carries up to 100 KiB inside the call, without its object store."""
+
+    max_in_flight_chunks: int = 4
+    """Chunks that an actor has sent and no shard has answered yet; at that number it waits."""
+
+    pull_period_steps: int = 50
+    """Vector steps between two looks for newer parameters; looking never blocks. Ape-X: 400 frames, 100 steps."""
+
+    env_threads: int = 1
+    """Atari: emulator threads of each actor."""
+
+    def __post_init__(self) -> None:
+        _require_positive("actors", self, "num_actors", "num_envs", "n_step", "chunk_transitions", "chunk_bytes")
+        _require_positive("actors", self, "max_in_flight_chunks", "pull_period_steps", "env_threads", "reward_clip")
+        _require_fraction("actors", self, "discount")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplayConfig:
+    """All replay shards together."""
+
+    num_shards: int = 1
+    """Shards, each a process."""
+
+    memory: ByteSize = ByteSize(2**30)
+    """Hard budget of all shards, planes and index, e.g. 512MiB or 4GiB. The first of memory and capacity reached evicts."""
+
+    capacity: int = 1_000_000
+    """Transitions held by all shards together; the oldest are evicted first."""
+
+    min_size: int = 1_000
+    """Transitions, over all shards, before the learner starts."""
+
+    samples_per_insert: float | None = 8.0
+    """Times that a transition is sampled on average; each shard holds actors and learner to it. None: no ratio."""
+
+    limiter_buffer_samples: int | None = None
+    """Samples by which the ratio may be off on either side, over all shards, before one side waits. None: wide enough
+    for one batch and for every chunk that may be in flight."""
+
+    priority_exponent: float = 0.0
+    """alpha of Schaul et al. 2016 (arXiv:1511.05952): 0 uniform, 1 proportional."""
+
+    send_compressed: bool = True
+    """Sampled planes travel as LZ4 blocks and the learner's prefetch thread unpacks them. False: the shard does."""
+
+    def __post_init__(self) -> None:
+        _require_positive("replay", self, "num_shards", "memory", "capacity", "min_size")
+        _require_positive("replay", self, "samples_per_insert", "limiter_buffer_samples")
+        _require_fraction("replay", self, "priority_exponent")
+        _require(
+            self.min_size <= self.capacity,
+            f"replay.min_size {self.min_size} is more than replay.capacity {self.capacity}: the learner would never start",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnerConfig:
+    """The learner."""
+
+    algorithm: Literal["q_learning", "double_q_learning"] = "double_q_learning"
+    """q_learning: Mnih et al. 2015; double_q_learning: van Hasselt et al. 2016 (arXiv:1509.06461)."""
+
+    loss: Literal["huber", "mse"] = "huber"
+    """huber: quadratic within |td_error| <= 1, linear outside; mse: half the squared error."""
+
+    batch_size: int = 32
+    """Transitions per update, over all shards."""
+
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    """adam: Kingma and Ba 2015; rmsprop: centred, as in Mnih et al. 2015."""
+
+    learning_rate: float = 2.5e-4
+    """Step size of the optimizer."""
+
+    optimizer_epsilon: float = 1.5e-4
+    """Added to the denominator of the optimizer."""
+
+    rmsprop_decay: float = 0.95
+    """rmsprop: decay of the running moments."""
+
+    max_grad_norm: float | None = 10.0
+    """Gradients are scaled down to this global norm. None: off."""
+
+    target_period_updates: int | None = 1_000
+    """Updates between two hard copies to the target network. None: soft updates, see target_soft_rate."""
+
+    target_soft_rate: float | None = None
+    """At every update target += rate * (online - target). None: hard copies, see target_period_updates."""
+
+    importance_exponent: float = 0.4
+    """beta of Schaul et al. 2016. It has no effect where all items are equally probable."""
+
+    priority_floor: float = 1e-3
+    """Added to abs(td_error), so that every transition can be drawn again."""
+
+    prefetch_batches: int = 4
+    """Batches held ready by the prefetch thread, and requests under way to each shard."""
+
+    publish_period_updates: int = 50
+    """Updates between two publications of parameters."""
+
+    checkpoint_period_seconds: float = 60.0
+    """Seconds between two checkpoints; one is also written at the end."""
+
+    checkpoints_kept: int = 3
+    """The newest checkpoints that stay on disk."""
+
+    num_threads: int | None = None
+    """Threads of the learner's arithmetic on a CPU. None: all cores of the machine, 1 in a serial run."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one, else cpu."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the network's matrix products; parameters and losses stay fp32. auto: bf16 for convolutional torsos where the
+    device has bf16 instructions, else fp32."""
+
+    def __post_init__(self) -> None:
+        _require_positive("learner", self, "batch_size", "learning_rate", "optimizer_epsilon", "max_grad_norm")
+        _require_positive("learner", self, "target_period_updates", "prefetch_batches", "publish_period_updates")
+        _require_positive("learner", self, "checkpoint_period_seconds", "checkpoints_kept", "num_threads", "priority_floor")
+        _require_fraction("learner", self, "importance_exponent", "target_soft_rate", "rmsprop_decay")
+        _require(
+            (self.target_period_updates is None) != (self.target_soft_rate is None),
+            "set exactly one of learner.target_period_updates (hard copies) and learner.target_soft_rate (soft updates)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """The evaluator: its own environments, raw returns, full episodes whatever training does with lives."""
+
+    episodes: int = 10
+    """Episodes of an evaluation while training."""
+
+    final_episodes: int = 10
+    """Episodes of the evaluation at the end, of the parameters in the last checkpoint."""
+
+    period_seconds: float = 60.0
+    """Seconds from the end of one evaluation to the start of the next. A serial run evaluates at the end only."""
+
+    epsilon: float = 0.0
+    """Chance of a random action."""
+
+    num_envs: int = 10
+    """Environments stepped together."""
+
+    target_return: float | None = None
+    """When an evaluation reaches this mean return, training pauses for the final evaluation; if that holds too, the run
+    ends. None: off."""
+
+    def __post_init__(self) -> None:
+        _require_positive("evaluation", self, "episodes", "final_episodes", "period_seconds", "num_envs")
+        _require_fraction("evaluation", self, "epsilon")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One whole run."""
+
+    recipe: str
+    """Name of the recipe that this configuration came from."""
+
+    env: EnvConfig
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    actors: ActorsConfig = field(default_factory=ActorsConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    run_dir: str | None = None
+    """Where the run writes; an existing run there is continued. None: runs/RECIPE, with game and seed where they differ."""
+
+    seed: int = 0
+    """Of everything random."""
+
+    serial: bool = False
+    """The whole system in one process and one thread: the same seed gives the same bits."""
+
+    max_minutes: float | None = None
+    """Wall-clock minutes of this command, start-up and final evaluation included, after which it ends. None: no limit."""
+
+    max_updates: int | None = None
+    """Updates, over all commands on this run directory, after which it ends. None: no limit."""
+
+    max_env_steps: int | None = None
+    """Env steps of the fleet, over all commands on this run directory, after which it ends. None: no limit."""
+
+    log_period_seconds: float = 10.0
+    """Seconds between two lines of metrics."""
+
+    object_store_memory: ByteSize = ByteSize(256 * 2**20)
+    """Shared memory of Ray's object store on this machine: batches and parameters on their way."""
+
+    def __post_init__(self) -> None:
+        _require_positive("run", self, "max_minutes", "max_updates", "max_env_steps", "log_period_seconds")
+        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(
+            self.learner.batch_size >= self.replay.num_shards,
+            f"learner.batch_size {self.learner.batch_size} is less than replay.num_shards {self.replay.num_shards}",
+        )
+        _require(
+            self.network.torso == "mlp" or self.env.is_atari,
+            f"network.torso {self.network.torso} needs an Atari game; for {self.env.game} use --network.torso mlp",
+        )
+        given, needed = self.replay.limiter_buffer_samples, self.min_limiter_buffer_samples
+        _require(
+            given is None or given >= needed,
+            f"replay.limiter_buffer_samples {given} would block actors and learner for ever: it must be at least {needed}",
+        )
+
+    @property
+    def min_limiter_buffer_samples(self) -> int:
+        """The least buffer with which neither side can wait for the other for ever: one batch, and one chunk."""
+        per_insert = self.replay.samples_per_insert or 0.0
+        return max(self.learner.batch_size, math.ceil(per_insert * self.actors.chunk_transitions) * self.replay.num_shards)
+
+    @property
+    def limiter_buffer_samples(self) -> int:
+        """The buffer in use: the given one, or what holds a batch and every chunk that may be in flight."""
+        if self.replay.limiter_buffer_samples is not None:
+            return self.replay.limiter_buffer_samples
+        in_flight = self.actors.num_actors * self.actors.max_in_flight_chunks * self.actors.chunk_transitions
+        return max(self.min_limiter_buffer_samples, math.ceil((self.replay.samples_per_insert or 0.0) * in_flight))
+
+    @property
+    def num_env_slots(self) -> int:
+        """Environments of the whole fleet."""
+        return self.actors.num_actors * self.actors.num_envs
+
+
+def as_dict(config: object) -> dict[str, object]:
+    """Returns the configuration as nested plain values, as run.json holds it."""
+    assert dataclasses.is_dataclass(config) and not isinstance(config, type)
+
+    def plain(value: object) -> object:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, ByteSize):
+            return int(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    result = plain(config)
+    assert isinstance(result, dict)
+    return result
+
+
+def from_dict(values: dict[str, object]) -> RunConfig:
+    """Rebuilds a RunConfig from `as_dict`'s values.
+
+    Raises:
+      ValueError: naming a field that this version does not know, lacks, or finds out of range.
+    """
+    sections = {
+        "env": EnvConfig,
+        "network": NetworkConfig,
+        "actors": ActorsConfig,
+        "replay": ReplayConfig,
+        "learner": LearnerConfig,
+        "evaluation": EvaluationConfig,
+        "exploration": ExplorationConfig,
+    }
+
+    def build(cls: type, given: dict[str, object], where: str) -> object:
+        known = {f.name for f in dataclasses.fields(cls)}
+        strange = sorted(set(given) - known)
+        _require(not strange, f"{where}{strange[0] if strange else ''}: a field that this version does not know")
+        arguments: dict[str, object] = {}
+        for name, value in given.items():
+            if name in sections:
+                _require(isinstance(value, dict), f"{where}{name}: expected a section")
+                assert isinstance(value, dict)
+                arguments[name] = build(sections[name], value, f"{where}{name}.")
+            elif name in ("memory", "object_store_memory") and isinstance(value, int):
+                arguments[name] = ByteSize(value)
+            else:
+                arguments[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**arguments)
+
+    result = build(RunConfig, values, "")
+    assert isinstance(result, RunConfig)
+    return result

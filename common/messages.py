@@ -1,0 +1,174 @@
+"""The four messages: everything that crosses a process boundary, beside statistics.
+
+A field's metadata is its contract (dtype, symbolic dimensions, range); `common/wire.py` checks it when it unpacks.
+`check_valid` adds what spans several fields. Arrays may be read-only views of a received buffer: whoever keeps one copies it.
+
+Dimensions: T transitions, B batch items, K stacked planes, P planes, D bytes of plane data, N parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import WireError
+
+Array = npt.NDArray[Any]
+
+CODECS = ("lz4", "raw")
+MAX_PLANE_BYTES = 1 << 24  # A plane of 4096 x 4096 bytes: no game's observation is larger.
+
+
+def array(dtype: str, *dims: str, low: float | None = None, high: float | None = None) -> Any:
+    """Declares an array field. `dims` are names that must agree over the message; floats must be finite."""
+    return dataclasses.field(metadata={"dtype": dtype, "dims": dims, "low": low, "high": high})
+
+
+def scalar(kind: type, low: float | None = None, high: float | None = None) -> Any:
+    """Declares a scalar field of type str, int or float."""
+    return dataclasses.field(metadata={"kind": kind, "low": low, "high": high})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Planes:
+    """Observations, each held once and encoded on its own: the part that chunks and batches share.
+
+    Plane p is `plane_data[plane_offsets[p] : plane_offsets[p + 1]]`, an LZ4 block or raw bytes of one array of
+    `plane_shape` and `plane_dtype`. An image observation of K stacked frames is K planes; any other is one.
+    """
+
+    codec: str = scalar(str)
+    plane_dtype: str = scalar(str)
+    plane_shape: Array = array("<i4", "R", low=1, high=MAX_PLANE_BYTES)
+    plane_offsets: Array = array("<u4", "P+1")
+    plane_data: Array = array("|u1", "D")
+
+    @property
+    def num_planes(self) -> int:
+        return len(self.plane_offsets) - 1
+
+    def check_planes(self) -> None:
+        """Raises WireError unless codec, dtype and offsets describe `plane_data` exactly."""
+        if self.codec not in CODECS:
+            raise WireError(f"codec: {self.codec!r} is not one of {CODECS}")
+        if self.plane_dtype not in ("|u1", "<f4"):
+            raise WireError(f"plane_dtype: {self.plane_dtype!r} is neither |u1 nor <f4")
+        offsets = self.plane_offsets.astype(np.int64)
+        if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(self.plane_data) or (np.diff(offsets) <= 0).any():
+            raise WireError("plane_offsets: must rise from 0 to the length of plane_data")
+        num_bytes = self.plane_num_bytes
+        if num_bytes > MAX_PLANE_BYTES:
+            raise WireError(f"plane_shape: {num_bytes} bytes a plane, more than {MAX_PLANE_BYTES}")
+        if self.codec == "raw" and (np.diff(offsets) != num_bytes).any():
+            raise WireError(f"plane_offsets: raw planes must have {num_bytes} bytes each")
+
+    @property
+    def plane_num_bytes(self) -> int:
+        """Bytes of one decoded plane."""
+        elements = 1
+        for size in self.plane_shape.tolist():  # Python integers: they cannot overflow.
+            elements *= size
+        return elements * np.dtype(self.plane_dtype).itemsize
+
+
+def check_references(name: str, references: Array, num_planes: int) -> None:
+    """Raises WireError unless every reference names a plane."""
+    if references.size and int(references.max()) >= num_planes:
+        raise WireError(f"{name}: refers to plane {int(references.max())} of {num_planes}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TransitionChunk(Planes):
+    """Transitions of one environment of one actor, with every plane that they refer to. Actor -> shard.
+
+    Self-contained: it carries the planes of history that its first stacks need, so a lost chunk loses itself only.
+    """
+
+    run: str = scalar(str)
+    actor_slot: int = scalar(int, low=0)
+    incarnation: int = scalar(int, low=0)
+    seq: int = scalar(int, low=0)
+    num_sent_before: int = scalar(int, low=0)
+    """Transitions that this incarnation sent before this chunk: what the ledger needs when an actor is killed."""
+    params_version: int = scalar(int, low=0)
+    s_tm1: Array = array("<u2", "T", "K")
+    s_t: Array = array("<u2", "T", "K")
+    a_tm1: Array = array("<i4", "T", low=0)
+    r_t: Array = array("<f4", "T")
+    discount_t: Array = array("<f4", "T", low=0.0, high=1.0)
+    priority: Array = array("<f8", "T", low=0.0)
+
+    @property
+    def num_transitions(self) -> int:
+        return len(self.a_tm1)
+
+    def check_valid(self) -> None:
+        self.check_planes()
+        if not self.num_transitions or not self.s_tm1.shape[1]:
+            raise WireError("s_tm1: a chunk holds at least one transition of at least one plane")
+        check_references("s_tm1", self.s_tm1, self.num_planes)
+        check_references("s_t", self.s_t, self.num_planes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SampleBatch(Planes):
+    """Items drawn by one shard. Shard -> learner.
+
+    `probability` is the chance that one draw of this shard gives the item (its priority over the shard's mass).
+    """
+
+    shard_index: int = scalar(int, low=0)
+    shard_epoch: int = scalar(int, low=0)
+    size: int = scalar(int, low=1)
+    priority_mass: float = scalar(float, low=0.0)
+    s_tm1: Array = array("<i4", "B", "K", low=0)
+    s_t: Array = array("<i4", "B", "K", low=0)
+    a_tm1: Array = array("<i4", "B", low=0)
+    r_t: Array = array("<f4", "B")
+    discount_t: Array = array("<f4", "B", low=0.0, high=1.0)
+    item_id: Array = array("<i8", "B", low=0)
+    probability: Array = array("<f8", "B", low=0.0, high=1.0)
+    params_version: Array = array("<i8", "B", low=0)
+
+    def check_valid(self) -> None:
+        self.check_planes()
+        check_references("s_tm1", self.s_tm1, self.num_planes)
+        check_references("s_t", self.s_t, self.num_planes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PriorityUpdate:
+    """New priorities of items that were sampled. Learner -> shard."""
+
+    shard_index: int = scalar(int, low=0)
+    shard_epoch: int = scalar(int, low=0)
+    item_id: Array = array("<i8", "B", low=0)
+    priority: Array = array("<f8", "B", low=0.0)
+
+    def check_valid(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ParamsSnapshot:
+    """The online network's parameters. Learner -> store -> actors and evaluator.
+
+    `(epoch, version)` rises lexicographically: epoch counts the learner's starts, version its updates.
+    """
+
+    run: str = scalar(str)
+    epoch: int = scalar(int, low=0)
+    version: int = scalar(int, low=0)
+    layout: str = scalar(str)
+    """Names and shapes in order, as `common.params.layout` writes them: both ends must agree on it."""
+    params: Array = array("<f4", "N")
+
+    def check_valid(self) -> None:
+        pass
+
+
+Message = TransitionChunk | SampleBatch | PriorityUpdate | ParamsSnapshot

@@ -1,0 +1,45 @@
+"""Network parameters as one flat array: how they travel and how they are told apart."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import nn
+
+from common.errors import WireError
+from common.messages import Array, ParamsSnapshot
+
+
+def layout(network: nn.Module) -> str:
+    """Returns names and shapes of all parameters, in order: what both ends of a snapshot must agree on."""
+    return ";".join(f"{name}{tuple(p.shape)}" for name, p in network.named_parameters())
+
+
+def flatten(network: nn.Module) -> Array:
+    """Returns f32[N], a copy of all parameters in the order of `layout`."""
+    with torch.no_grad():
+        flat = torch.nn.utils.parameters_to_vector(network.parameters())
+    return np.asarray(flat.float().cpu().numpy())
+
+
+def load(network: nn.Module, snapshot: ParamsSnapshot) -> None:
+    """Writes a snapshot into the network.
+
+    Raises:
+      WireError: where the snapshot is of another network or holds a number that is not finite; nothing is written then.
+    """
+    if snapshot.layout != layout(network):
+        raise WireError("layout: the parameters are those of another network")
+    if len(snapshot.params) != sum(p.numel() for p in network.parameters()):
+        raise WireError(f"params: {len(snapshot.params)} numbers do not fill the layout")
+    with torch.no_grad():
+        torch.nn.utils.vector_to_parameters(torch.from_numpy(snapshot.params.copy()), network.parameters())
+
+
+def digest(network: nn.Module) -> str:
+    """Returns the SHA-256 of the layout and of every bit of the parameters, as 64 hexadecimal digits."""
+    sha = hashlib.sha256(layout(network).encode())
+    sha.update(flatten(network).astype("<f4").tobytes())
+    return sha.hexdigest()

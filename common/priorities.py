@@ -1,0 +1,35 @@
+"""Priorities and importance weights of prioritized replay. Pure, float64.
+
+Source: Schaul et al. 2016, "Prioritized Experience Replay", https://arxiv.org/abs/1511.05952.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from common.messages import Array
+
+
+def priority(td_error: Array, *, floor: float) -> Array:
+    """Returns f64[B] `abs(td_error) + floor`, before the exponent alpha, which is the shard's."""
+    return np.abs(td_error.astype(np.float64)) + floor
+
+
+def importance_weights(probability: Array, num_items: int, *, exponent: float) -> Array:
+    """Corrects for drawing items with unequal probability.
+
+        importance_weight = (1 / (num_items * probability)) ** exponent, over its maximum in the batch
+
+    Over several shards `probability` is (share of the batch asked of the shard) * (priority / mass of the shard) and
+    `num_items` counts the items of all shards, so that sharding changes no expectation.
+
+    Args:
+      probability: f64[B] in (0, 1], of the merged batch.
+      num_items: items of all shards.
+      exponent: beta, 0 no correction, 1 full correction.
+
+    Returns:
+      f32[B] in (0, 1].
+    """
+    weights = (num_items * probability) ** -exponent
+    return np.asarray(weights / weights.max(), dtype=np.float32)

@@ -1,0 +1,163 @@
+"""The command line. A user's mistake ends in one line and exit status 2.
+
+qfleet train RECIPE [flags]      qfleet resume RUN [flags]      qfleet evaluate RUN [flags]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from common.config import ByteSize, RunConfig
+from common.errors import UserError
+
+_USAGE = """usage: qfleet train RECIPE [flags]     train; the same command on the same run directory continues it
+       qfleet resume RUN [flags]       continue a run with its own settings
+       qfleet evaluate RUN [flags]     play a run's last checkpoint: --episodes, --json, --video
+       qfleet COMMAND ... --help       every flag with its meaning, unit and default
+
+recipes: {recipes}"""
+
+_REGISTRY = ConstructorRegistry()
+T = TypeVar("T")
+
+
+@_REGISTRY.primitive_rule
+def _byte_size(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[ByteSize] | None:
+    """Lets flags say 512MiB."""
+    if info.type is not ByteSize:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SIZE",
+        instance_from_str=lambda words: ByteSize.parse(words[0]),
+        is_instance=lambda value: isinstance(value, ByteSize),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateFlags:
+    """Plays the newest checkpoint of a run: its own environments, raw returns, full episodes."""
+
+    episodes: int = 10
+    """Episodes to play."""
+    epsilon: float | None = None
+    """Chance of a random action. None: as the run's own evaluations."""
+    seed: int | None = None
+    """Of starts and random actions. None: as the run's final evaluation."""
+    json: Path | None = None
+    """Where to write the evaluation as JSON."""
+    video: Path | None = None
+    """Where to write one episode as video (mp4)."""
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ValueError(f"--episodes must be positive, got {self.episodes}")
+        if self.epsilon is not None and not 0 <= self.epsilon <= 1:
+            raise ValueError(f"--epsilon must be in [0, 1], got {self.epsilon}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        print(f"qfleet: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qfleet: ended at once; the last checkpoint is kept", file=sys.stderr)
+        return 130
+
+
+def _dispatch(words: list[str]) -> int:
+    from deploy.recipes import RECIPES
+
+    usage = _USAGE.format(recipes=", ".join(RECIPES))
+    if not words or words[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if words else 2
+    command, *rest = words
+    if command not in ("train", "resume", "evaluate"):
+        raise UserError(
+            f"unknown command {command!r}{_nearest(command, ['train', 'resume', 'evaluate'])}; qfleet --help lists them"
+        )
+    if not rest or rest[0].startswith("-"):
+        subject = "a recipe" if command == "train" else "a run directory"
+        if rest and rest[0] in ("-h", "--help"):
+            print(usage)
+            return 0
+        raise UserError(f"qfleet {command} needs {subject} first; qfleet --help lists them")
+    subject, *flags = rest
+    if command == "evaluate":
+        from deploy.evaluate import evaluate
+
+        chosen = _parse(EvaluateFlags, EvaluateFlags(), flags, "qfleet evaluate RUN")
+        return evaluate(
+            Path(subject),
+            episodes=chosen.episodes,
+            epsilon=chosen.epsilon,
+            seed=chosen.seed,
+            json_path=chosen.json,
+            video=chosen.video,
+        )
+    from deploy import run_dir
+    from deploy.train import resume, train
+
+    if command == "resume":
+        return resume(Path(subject), lambda config: _run_config(config, flags, f"qfleet resume {subject}"))
+    if subject not in RECIPES:
+        raise UserError(f"unknown recipe {subject!r}{_nearest(subject, list(RECIPES))}; there are {', '.join(RECIPES)}")
+    recipe = RECIPES[subject]()
+    config = _run_config(recipe, flags, f"qfleet train {subject}")
+    path = Path(config.run_dir) if config.run_dir is not None else run_dir.default_path(config, recipe.env.game)
+    return train(config, path)
+
+
+def _run_config(default: RunConfig, flags: list[str], program: str) -> RunConfig:
+    config = _parse(RunConfig, default, flags, program)
+    if config.recipe != default.recipe:
+        raise UserError(f"--recipe names the recipe and cannot be set; use qfleet train {config.recipe}")
+    return config
+
+
+def _parse(kind: type[T], default: T, flags: list[str], program: str) -> T:
+    """Parses flags over a default; what is wrong with them becomes one line."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(kind, default=default, args=flags, prog=program, registry=_REGISTRY)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(f"{_condense(errors.getvalue())}; {program} --help lists the flags") from None
+
+
+def _condense(box: str) -> str:
+    """Makes one line of tyro's box: its message, and the nearest flag where it names one."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if line.startswith("─") or not line]
+    message = " ".join(lines[1 : rules[1] if len(rules) > 1 and rules[0] == 0 else None])
+    suggestions = [line.split()[0] for line in lines if line.startswith("--")]
+    near = f": did you mean {suggestions[0]}?" if "Perhaps" in box and suggestions else ""
+    return message.removeprefix("Error parsing ") + near
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, 1, 0.4)
+    return f": did you mean {close[0]!r}?" if close else ""
+
+
+def entry_point() -> None:
+    """The `qfleet` script."""
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""Handles of a serial run: plain calls, in the same process and thread."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from common.messages import Array
+from common.protocols import ReplayShardApi, SampleReply
+from deploy.params_store import ParamsStore
+
+
+class LocalReplayWriter:
+    """Pushes to the shards in turn, past those that ask actors to pause."""
+
+    def __init__(self, shards: list[ReplayShardApi]) -> None:
+        self._shards = shards
+        self._next = 0
+
+    def wait_until_ready(self, timeout_seconds: float) -> str | None:
+        sentences = [shard.may_insert() for shard in self._shards]
+        return None if None in sentences else sentences[0]
+
+    def push(self, message: Array, num_transitions: int) -> None:
+        while self._shards[self._next].may_insert() is not None:
+            self._next = (self._next + 1) % len(self._shards)
+        self._shards[self._next].insert(message)
+        self._next = (self._next + 1) % len(self._shards)
+
+    def lost(self) -> dict[str, int]:
+        return {}
+
+    def drain(self, timeout_seconds: float) -> None:
+        pass
+
+
+class LocalReplayReader:
+    """Asks one shard when the answer is wanted."""
+
+    def __init__(self, shard: ReplayShardApi) -> None:
+        self._shard = shard
+        self._requests: deque[int] = deque()
+
+    def request(self, num_items: int) -> None:
+        self._requests.append(num_items)
+
+    def num_requested(self) -> int:
+        return len(self._requests)
+
+    def collect(self, timeout_seconds: float) -> SampleReply | None:
+        return self._shard.sample(self._requests.popleft())
+
+    def update_priorities(self, message: Array) -> None:
+        self._shard.update_priorities(message)
+
+
+class LocalParams:
+    """Both ends of the params store."""
+
+    def __init__(self, store: ParamsStore) -> None:
+        self._store = store
+
+    def publish(self, message: Array) -> None:
+        self._store.publish(message)
+
+    def poll(self, epoch: int, version: int) -> Array | None:
+        return self._store.latest(epoch, version)

@@ -1,0 +1,47 @@
+"""Draws learning curves from metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a run's metrics.jsonl; a line that a killed process left torn is passed over."""
+    rows = []
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def draw_learning_curve(run_dirs: Sequence[Path], out: Path) -> None:
+    """Draws return over wall-clock minutes and over env steps, one line a run, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for path in run_dirs:
+        rows = read_rows(path)
+        prefix = f"{path.name} " if len(run_dirs) > 1 else ""
+        for name, label, style in (
+            ("evaluator/return_mean", "greedy evaluation", {"marker": ".", "drawstyle": "default"}),
+            ("actor/training_return_mean", "training (mean of last 20 episodes)", {"alpha": 0.5}),
+        ):
+            kept = [row for row in rows if name in row]
+            values = [row[name] for row in kept]
+            axes[0].plot([row["time_seconds"] / 60 for row in kept], values, label=prefix + label, **style)
+            axes[1].plot([row["env_steps"] for row in kept], values, label=prefix + label, **style)
+    axes[0].set(xlabel="wall-clock minutes", ylabel="raw return of an episode")
+    axes[1].set(xlabel="env steps")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[1].legend(loc="lower right", fontsize="small")
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)

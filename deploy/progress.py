@@ -1,0 +1,202 @@
+"""What the roles reported last, and the rows of metrics made of it. The serial run and the supervisor share it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from common.config import RunConfig
+from deploy.ledger import Ledger
+
+if TYPE_CHECKING:
+    from actors.actor import ActorStats
+    from actors.evaluator import EvaluationResult
+    from learner.learner import LearnerStats
+
+_RECENT_EPISODES = 20
+
+
+class Progress:
+    """The state of a run as the driver knows it.
+
+    `counters` go into every checkpoint and come back with it, so that steps, epsilon and wall time continue.
+    """
+
+    def __init__(self, config: RunConfig, meta: dict[str, Any]) -> None:
+        self.config = config
+        counters = meta.get("run_counters", {})
+        self.updates: int = meta.get("updates", 0)
+        self.samples: int = meta.get("samples", 0)
+        self.epoch: int = meta.get("epoch", -1) + 1
+        slots = range(config.actors.num_actors)
+        old_steps = {int(slot): steps for slot, steps in counters.get("env_steps", {}).items()}
+        # A run that goes on with another number of actors shares out the steps, so that epsilon goes on where it was.
+        total = sum(old_steps.values())
+        self.env_steps_of: dict[int, int] = (
+            old_steps if len(old_steps) == len(slots) else {s: total // len(slots) + (s < total % len(slots)) for s in slots}
+        )
+        self.incarnation_of: dict[int, int] = {slot: counters.get("incarnations", {}).get(str(slot), -1) for slot in slots}
+        self.earlier_seconds: float = counters.get("wall_seconds", 0.0)
+        self.started = time.monotonic()
+        self.ledger = Ledger()
+        self.actors: dict[int, ActorStats] = {}
+        self.learner: LearnerStats | None = None
+        self.shards: Sequence[dict[str, Any]] = []
+        self.evaluation: EvaluationResult | None = None
+        self.returns: deque[float] = deque(maxlen=_RECENT_EPISODES)
+        self.events: deque[str] = deque(maxlen=4)
+        self._previous: dict[str, float] = {}
+        self._waiting: dict[int, float] = {}
+
+    @property
+    def env_steps(self) -> int:
+        return sum(self.env_steps_of.values())
+
+    @property
+    def frames(self) -> int:
+        return self.env_steps * self.config.env.frames_per_step
+
+    @property
+    def wall_seconds(self) -> float:
+        """Of this command."""
+        return time.monotonic() - self.started
+
+    def counters(self) -> dict[str, Any]:
+        return {
+            "env_steps": {str(slot): steps for slot, steps in self.env_steps_of.items()},
+            "incarnations": {str(slot): incarnation for slot, incarnation in self.incarnation_of.items()},
+            "wall_seconds": self.earlier_seconds + self.wall_seconds,
+        }
+
+    def next_incarnation(self, slot: int) -> int:
+        self.incarnation_of[slot] += 1
+        return self.incarnation_of[slot]
+
+    def on_actor(self, stats: ActorStats) -> None:
+        self.actors[stats.slot] = stats
+        self.env_steps_of[stats.slot] = stats.env_steps
+        self.returns.extend(stats.returns)
+        self.ledger.report(stats.slot, stats.incarnation, stats.sent, stats.lost)
+
+    def on_actor_died(self, slot: int) -> None:
+        self.ledger.died(slot, self.incarnation_of[slot])
+        self.actors.pop(slot, None)
+
+    def on_learner(self, stats: LearnerStats) -> None:
+        self.learner = stats
+        self.updates, self.samples = stats.updates, stats.samples
+
+    def stopped_by(self) -> str | None:
+        """Returns the budget that is used up, or None."""
+        config = self.config
+        if config.max_updates is not None and self.updates >= config.max_updates:
+            return "max_updates"
+        if config.max_env_steps is not None and self.env_steps >= config.max_env_steps:
+            return "max_env_steps"
+        if config.max_minutes is not None and self.wall_seconds + self._final_seconds() >= 60 * config.max_minutes:
+            return "max_minutes"
+        return None
+
+    def fraction_done(self) -> float:
+        """Returns how much of the nearest budget is used, in [0, 1]."""
+        config = self.config
+        used = [self.updates / config.max_updates] if config.max_updates else []
+        used += [self.env_steps / config.max_env_steps] if config.max_env_steps else []
+        used += [(self.wall_seconds + self._final_seconds()) / (60 * config.max_minutes)] if config.max_minutes else []
+        return min(max(used, default=0.0), 1.0)
+
+    def waits(self) -> list[str]:
+        """Returns who waits for whom, now."""
+        sentences = [stats.waits_for for stats in self.actors.values() if stats.waits_for]
+        sentences += [self.learner.waits_for] if self.learner and self.learner.waits_for else []
+        return sorted(set(sentences))
+
+    def row(self) -> dict[str, Any]:
+        """Returns one flat row of metrics; rates are since the row before."""
+        seconds = self.wall_seconds
+        row: dict[str, Any] = {
+            "time_seconds": self.earlier_seconds + seconds,
+            "env_steps": self.env_steps,
+            "frames": self.frames,
+            "updates": self.updates,
+            "samples": self.samples,
+        }
+        steps_per_second = self._rate("env_steps", self.env_steps, seconds)
+        row["actor/env_steps_per_second"] = steps_per_second
+        row["actor/frames_per_second"] = steps_per_second and steps_per_second * self.config.env.frames_per_step
+        row["actor/num_alive"] = len(self.actors)
+        if self.actors:
+            row["actor/epsilon_mean"] = _mean([stats.epsilon for stats in self.actors.values()])
+            row["actor/params_lag_updates"] = self.updates - min(stats.params_version for stats in self.actors.values())
+            waiting = sum(stats.waiting_seconds for stats in self.actors.values())
+            row["actor/waiting_fraction"] = self._rate("actor_waiting", waiting / len(self.actors), seconds)
+        if self.returns:
+            row["actor/training_return_mean"] = _mean(list(self.returns))
+        row |= self._learner_row(seconds) | self._shard_row()
+        if self.evaluation is not None:
+            row["evaluator/return_mean"] = self.evaluation.mean_return
+            row["evaluator/params_version"] = self.evaluation.params_version
+        self._previous["seconds"] = seconds
+        return {name: value for name, value in row.items() if value is not None and not _is_nan(value)}
+
+    def evaluation_dict(self) -> dict[str, Any] | None:
+        return asdict(self.evaluation) if self.evaluation is not None else None
+
+    def _learner_row(self, seconds: float) -> dict[str, Any]:
+        stats = self.learner
+        if stats is None:
+            return {}
+        return {
+            "learner/updates_per_second": self._rate("updates", stats.updates, seconds),
+            "learner/samples_per_second": self._rate("samples", stats.samples, seconds),
+            "learner/loss_mean": stats.loss,
+            "learner/value_mean": stats.mean_value,
+            "learner/grad_norm": stats.grad_norm,
+            "learner/params_lag_updates": stats.params_lag_updates,
+            "learner/busy_fraction": self._rate("learner_busy", stats.busy_seconds, seconds),
+            "learner/ready_batches": stats.num_ready_batches,
+            "learner/dropped_batches": stats.num_dropped_batches,
+        }
+
+    def _shard_row(self) -> dict[str, Any]:
+        if not self.shards:
+            return {}
+        total = {
+            name: sum(shard[name] for shard in self.shards)
+            for name in ("size", "used_bytes", "num_inserted", "num_evicted", "num_sampled", "num_refused_chunks")
+        }
+        inserted = total["num_inserted"] - self.config.replay.min_size
+        return {
+            "shard/size_transitions": total["size"],
+            "shard/used_bytes": total["used_bytes"],
+            "shard/inserted_transitions": total["num_inserted"],
+            "shard/evicted_transitions": total["num_evicted"],
+            "shard/sampled_transitions": total["num_sampled"],
+            "shard/samples_per_insert": total["num_sampled"] / inserted if inserted > 0 else None,
+            "shard/refused_chunks": total["num_refused_chunks"],
+            "shard/stale_priority_updates": sum(shard["num_stale_priority_updates"] for shard in self.shards),
+        }
+
+    def _rate(self, name: str, value: float, seconds: float) -> float | None:
+        before, self._previous[name] = self._previous.get(name), value
+        elapsed = seconds - self._previous.get("seconds", 0.0)
+        return None if before is None or elapsed <= 0 else (value - before) / elapsed
+
+    def _final_seconds(self) -> float:
+        """Returns what the evaluation at the end will take, judged by the last one."""
+        if self.evaluation is None:
+            return 0.0
+        config = self.config.evaluation
+        return self.evaluation.seconds * max(config.final_episodes / config.episodes, 1.0)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)

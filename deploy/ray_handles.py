@@ -1,0 +1,188 @@
+"""Handles of a distributed run: Ray calls with timeouts. Waiting happens here, and every wait has its sentence.
+
+A handle is made in the driver, pickled to a worker and used there by one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from common.messages import Array
+from common.protocols import InsertReply, SampleReply
+
+_POLL_SECONDS = 0.02
+_AWAY_POLL_SECONDS = 1.0
+
+
+class Worker:
+    """A Ray process that holds one plain object, its role.
+
+    `build` imports and makes the role in the worker, so that the driver need not import what a role needs (PyTorch), and a
+    shard never does; `call` names one of its methods.
+    """
+
+    def __init__(self) -> None:
+        self._role: Any = None
+
+    def build(self, function: Any, *args: Any) -> int:
+        """Makes the role with an importable function; returns the process id."""
+        import os
+
+        self._role = function(*args)
+        return os.getpid()
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self._role, method)(*args)
+
+
+class RayReplayWriter:
+    """An actor's way to all shards: bounded chunks in flight, in turn to those shards that ask for no pause.
+
+    A chunk whose shard dies before it answers is lost, and counted by cause: it is not sent again, since the shard may have
+    taken it.
+    """
+
+    def __init__(self, shards: list[Any], max_in_flight: int, first_shard: int) -> None:
+        self._shards = shards
+        self._max_in_flight = max_in_flight
+        self._next = first_shard % len(shards)
+        self._in_flight: dict[Any, tuple[int, int]] = {}  # Reference: (shard, transitions).
+        self._waits_for: list[str | None] = [None] * len(shards)
+        self._ask_again_at = [0.0] * len(shards)
+        self._lost: dict[str, int] = defaultdict(int)
+
+    def wait_until_ready(self, timeout_seconds: float) -> str | None:
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            self._collect(0.0)
+            full = len(self._in_flight) >= self._max_in_flight
+            if not full and None in self._waits_for:
+                return None
+            rest = deadline - time.monotonic()
+            if rest <= 0:
+                sentence = next((s for s in self._waits_for if s is not None), "")
+                return f"actors wait for the shards to take {len(self._in_flight)} chunks" if full else sentence
+            if full:
+                self._collect(rest)
+            elif not self._ask_shards(rest):
+                time.sleep(min(_POLL_SECONDS, rest))
+
+    def push(self, message: Array, num_transitions: int) -> None:
+        while self._waits_for[self._next] is not None:
+            self._next = (self._next + 1) % len(self._shards)
+        reference = self._shards[self._next].call.remote("insert", message)
+        self._in_flight[reference] = (self._next, num_transitions)
+        self._next = (self._next + 1) % len(self._shards)
+
+    def lost(self) -> dict[str, int]:
+        return dict(self._lost)
+
+    def drain(self, timeout_seconds: float) -> None:
+        """Waits for the answers to all chunks in flight; those that do not come in time are counted as lost."""
+        deadline = time.monotonic() + timeout_seconds
+        while self._in_flight and (rest := deadline - time.monotonic()) > 0:
+            self._collect(rest)
+        for _, num_transitions in self._in_flight.values():
+            self._lost["unanswered at the end"] += num_transitions
+        self._in_flight.clear()
+
+    def _collect(self, timeout_seconds: float) -> None:
+        """Takes in answers that are there, waiting for one at most so long."""
+        if not self._in_flight:
+            return
+        references = list(self._in_flight)
+        ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        if not ready and timeout_seconds > 0:
+            ready, _ = ray.wait(references, num_returns=1, timeout=timeout_seconds)
+        for reference in ready:
+            shard, num_transitions = self._in_flight.pop(reference)
+            try:
+                reply: InsertReply = ray.get(reference, timeout=10)
+                self._waits_for[shard] = reply.waits_for
+                self._ask_again_at[shard] = time.monotonic() + _POLL_SECONDS
+            except RayError as error:
+                self._lost[f"shard {shard}: {type(error).__name__}"] += num_transitions
+                self._mark_away(shard)
+
+    def _ask_shards(self, timeout_seconds: float) -> bool:
+        """Asks paused shards whose time has come whether they take more; returns whether any was asked."""
+        now = time.monotonic()
+        due = [i for i, waits_for in enumerate(self._waits_for) if waits_for is not None and now >= self._ask_again_at[i]]
+        for shard in due:
+            try:
+                self._waits_for[shard] = ray.get(self._shards[shard].call.remote("may_insert"), timeout=timeout_seconds)
+                self._ask_again_at[shard] = time.monotonic() + _POLL_SECONDS
+            except GetTimeoutError:
+                self._waits_for[shard] = f"actors wait for shard {shard} to answer"
+            except RayError:
+                self._mark_away(shard)
+        return bool(due)
+
+    def _mark_away(self, shard: int) -> None:
+        self._waits_for[shard] = f"actors wait for shard {shard} to come back"
+        self._ask_again_at[shard] = time.monotonic() + _AWAY_POLL_SECONDS
+
+
+class RayReplayReader:
+    """The learner's way to one shard: requests under way, answers in their order."""
+
+    def __init__(self, shard: Any, shard_index: int) -> None:
+        self._shard, self._shard_index = shard, shard_index
+        self._requests: deque[Any] = deque()
+
+    def request(self, num_items: int) -> None:
+        self._requests.append(self._shard.call.remote("sample", num_items))
+
+    def num_requested(self) -> int:
+        return len(self._requests)
+
+    def collect(self, timeout_seconds: float) -> SampleReply | None:
+        try:
+            reply: SampleReply = ray.get(self._requests[0], timeout=timeout_seconds)
+        except GetTimeoutError:
+            return None
+        except RayError as error:
+            reply = SampleReply(
+                batch=None, waits_for=f"the learner waits for shard {self._shard_index}: {type(error).__name__}"
+            )
+        self._requests.popleft()
+        return reply
+
+    def update_priorities(self, message: Array) -> None:
+        self._shard.call.remote("update_priorities", message)
+
+
+class RayParamsReader:
+    """An actor's way to the params store: one question under way, its answer read when it is there."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._question: Any = None
+
+    def poll(self, epoch: int, version: int) -> Array | None:
+        answer: Array | None = None
+        if self._question is not None:
+            ready, _ = ray.wait([self._question], timeout=0)
+            if not ready:
+                return None
+            try:
+                answer = ray.get(self._question, timeout=10)
+            except RayError:
+                answer = None  # The store is away: go on with what there is.
+        self._question = self._store.call.remote("latest", epoch, version) if answer is None else None
+        return answer
+
+
+class RayParamsWriter:
+    """The learner's way to the params store."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def publish(self, message: Array) -> None:
+        self._store.call.remote("publish", message)

@@ -1,0 +1,288 @@
+"""Recipes: functions that return a full, frozen, checked RunConfig. A variant is `dataclasses.replace` of another.
+
+Each says where its numbers come from; what it does not say is the default, in `common/config.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from actors.gridworld import GRIDWORLD_ID
+from common.config import (
+    ActorsConfig,
+    ByteSize,
+    EnvConfig,
+    EvaluationConfig,
+    ExplorationConfig,
+    LearnerConfig,
+    NetworkConfig,
+    ReplayConfig,
+    RunConfig,
+)
+
+GIB = 2**30
+
+
+def cartpole() -> RunConfig:
+    """CartPole-v1 solved (mean greedy return >= 475 over 100 episodes) within two minutes on two cores. Our settings."""
+    return RunConfig(
+        recipe="cartpole",
+        env=EnvConfig(game="CartPole-v1"),
+        network=NetworkConfig(torso="mlp", hidden_sizes=(128, 128)),
+        actors=ActorsConfig(
+            num_actors=1,
+            num_envs=8,
+            n_step=3,
+            exploration=ExplorationConfig(kind="linear", final=0.04, decay_steps=10_000),
+            chunk_transitions=8,
+            pull_period_steps=4,
+        ),
+        replay=ReplayConfig(capacity=50_000, memory=ByteSize(GIB // 16), min_size=1_000, samples_per_insert=32.0),
+        learner=LearnerConfig(
+            batch_size=128,
+            learning_rate=1e-3,
+            target_period_updates=150,
+            publish_period_updates=20,
+            num_threads=1,
+        ),
+        evaluation=EvaluationConfig(episodes=20, final_episodes=100, num_envs=20, period_seconds=2.0, target_return=475.0),
+        max_minutes=10.0,
+        log_period_seconds=5.0,
+    )
+
+
+def cartpole_keras_rl() -> RunConfig:
+    """CartPole-v0 as in the tutorials of keras-rl's DQN agent: one hidden layer of 16, soft target updates, 5,000 steps."""
+    return RunConfig(
+        recipe="cartpole-keras-rl",
+        env=EnvConfig(game="CartPole-v0"),
+        network=NetworkConfig(torso="mlp", hidden_sizes=(16,)),
+        actors=ActorsConfig(
+            num_envs=1,
+            exploration=ExplorationConfig(kind="linear", initial=0.1, final=0.1, decay_steps=1),
+            chunk_transitions=1,
+            pull_period_steps=1,
+        ),
+        replay=ReplayConfig(
+            capacity=50_000,
+            memory=ByteSize(GIB // 16),
+            min_size=10,  # Its warm-up. A first batch of 32 is drawn with replacement.
+            samples_per_insert=32.0,  # One batch of 32 at every step.
+            limiter_buffer_samples=64,
+        ),
+        learner=LearnerConfig(
+            algorithm="q_learning",
+            loss="mse",
+            batch_size=32,
+            learning_rate=1e-3,
+            optimizer_epsilon=1e-7,
+            max_grad_norm=None,
+            target_period_updates=None,
+            target_soft_rate=0.01,
+            publish_period_updates=1,
+            num_threads=1,
+        ),
+        evaluation=EvaluationConfig(episodes=5, final_episodes=100, num_envs=20, period_seconds=20.0, target_return=195.0),
+        max_env_steps=50_000,
+    )
+
+
+def cartpole_24() -> RunConfig:
+    """CartPole-v0 with two layers of 24, as in lecture notes: reward -10 at the end of the game, decaying exploration."""
+    return RunConfig(
+        recipe="cartpole-24",
+        env=EnvConfig(game="CartPole-v0"),
+        network=NetworkConfig(torso="mlp", hidden_sizes=(24, 24)),
+        actors=ActorsConfig(
+            num_envs=1,
+            terminal_reward=-10.0,
+            exploration=ExplorationConfig(kind="multiplicative", initial=1.0, final=0.01, decay_rate=0.995),
+            chunk_transitions=1,
+            pull_period_steps=1,
+        ),
+        replay=ReplayConfig(
+            capacity=50_000, memory=ByteSize(GIB // 16), min_size=64, samples_per_insert=32.0, limiter_buffer_samples=64
+        ),
+        learner=LearnerConfig(
+            algorithm="q_learning",
+            loss="mse",
+            batch_size=32,
+            learning_rate=1e-3,
+            optimizer_epsilon=1e-7,
+            max_grad_norm=None,
+            target_period_updates=1,  # The notes need no more than one network: the target is the online one.
+            publish_period_updates=1,
+            num_threads=1,
+        ),
+        evaluation=EvaluationConfig(episodes=5, final_episodes=100, num_envs=20, period_seconds=20.0, target_return=195.0),
+        max_env_steps=100_000,  # 500 episodes of at most 200 steps.
+    )
+
+
+def gridworld() -> RunConfig:
+    """A grid world whose learned Q-values agree with value iteration: the oracle of the whole path."""
+    return RunConfig(
+        recipe="gridworld",
+        env=EnvConfig(game=GRIDWORLD_ID),
+        network=NetworkConfig(torso="mlp", hidden_sizes=(64,)),
+        actors=ActorsConfig(
+            num_envs=4,
+            discount=0.9,
+            exploration=ExplorationConfig(kind="linear", initial=1.0, final=1.0, decay_steps=1),
+            chunk_transitions=16,
+        ),
+        replay=ReplayConfig(capacity=10_000, memory=ByteSize(GIB // 16), min_size=500, samples_per_insert=16.0),
+        learner=LearnerConfig(
+            algorithm="q_learning",
+            loss="mse",
+            batch_size=64,
+            learning_rate=1e-3,
+            optimizer_epsilon=1e-8,
+            target_period_updates=100,
+            num_threads=1,
+        ),
+        evaluation=EvaluationConfig(episodes=20, final_episodes=100, num_envs=10, period_seconds=10.0),
+        max_updates=6_000,
+    )
+
+
+def pong() -> RunConfig:
+    """Pong for two cores: the network of 2013 with layer norm, n = 7, double Q-learning, eight samples a step."""
+    return RunConfig(
+        recipe="pong",
+        env=EnvConfig(game="pong", frame_stack=4),
+        network=NetworkConfig(torso="dqn2013", hidden_sizes=(256,), layer_norm=True),
+        actors=ActorsConfig(
+            num_actors=1,
+            num_envs=8,
+            n_step=7,
+            reward_clip=1.0,
+            exploration=ExplorationConfig(kind="linear", final=0.02, decay_steps=40_000),
+            chunk_transitions=32,
+            pull_period_steps=10,
+        ),
+        replay=ReplayConfig(capacity=200_000, memory=ByteSize(GIB // 2), min_size=5_000, samples_per_insert=8.0),
+        learner=LearnerConfig(
+            batch_size=64, learning_rate=5e-4, optimizer_epsilon=1.5e-4, target_period_updates=150, publish_period_updates=25
+        ),
+        evaluation=EvaluationConfig(episodes=10, final_episodes=10, num_envs=10, period_seconds=60.0, target_return=19.0),
+        max_minutes=120.0,
+    )
+
+
+def breakout() -> RunConfig:
+    """Breakout with the settings of `pong`; a lost life is a terminal state in training, as in Mnih et al. 2015."""
+    base = pong()
+    return replace(
+        base,
+        recipe="breakout",
+        env=replace(base.env, game="breakout", life_loss_terminates=True),
+        evaluation=replace(base.evaluation, target_return=None, epsilon=0.01),
+    )
+
+
+def nature() -> RunConfig:
+    """Atari DQN as commonly written in PyTorch: the network of 2015, uniform replay of 100,000, batches of 32, MSE."""
+    return RunConfig(
+        recipe="nature",
+        env=EnvConfig(game="pong", frame_stack=4),
+        network=NetworkConfig(torso="nature", hidden_sizes=(512,)),
+        actors=ActorsConfig(
+            num_envs=1,
+            reward_clip=1.0,
+            exploration=ExplorationConfig(kind="multiplicative", initial=1.0, final=0.1, decay_rate=0.995),
+        ),
+        replay=ReplayConfig(capacity=100_000, memory=ByteSize(GIB // 2), min_size=10_000, samples_per_insert=32.0),
+        learner=LearnerConfig(
+            algorithm="q_learning",
+            loss="mse",
+            batch_size=32,
+            learning_rate=2.5e-4,
+            target_period_updates=1_000,
+            max_grad_norm=10.0,
+        ),
+    )
+
+
+def dqn_2013() -> RunConfig:
+    """Pong with the network and settings of Mnih et al. 2013 (https://arxiv.org/abs/1312.5602): no second network."""
+    return RunConfig(
+        recipe="dqn-2013",
+        env=EnvConfig(game="pong", frame_stack=4),
+        network=NetworkConfig(torso="dqn2013", hidden_sizes=(256,)),
+        actors=ActorsConfig(
+            num_envs=1,
+            discount=0.95,
+            reward_clip=1.0,
+            exploration=ExplorationConfig(kind="linear", final=0.1, decay_steps=250_000),  # 1 M frames.
+        ),
+        replay=ReplayConfig(capacity=1_000_000, memory=ByteSize(2 * GIB), min_size=10_000, samples_per_insert=32.0),
+        learner=LearnerConfig(
+            algorithm="q_learning",
+            loss="mse",
+            batch_size=32,
+            optimizer="rmsprop",
+            learning_rate=2e-4,
+            rmsprop_decay=0.99,
+            optimizer_epsilon=1e-2,
+            max_grad_norm=None,
+            target_period_updates=1,
+        ),
+        evaluation=EvaluationConfig(epsilon=0.05),
+    )
+
+
+def apex() -> RunConfig:
+    """Ape-X DQN as published (Horgan et al. 2018, https://arxiv.org/abs/1803.00933), for a cluster: 360 actors, one GPU.
+
+    Departures: replay evicts at its capacity where the paper trims every 100 updates; the ratio, which the paper leaves to
+    its hardware, is set to what it came to there, 0.78 samples per transition.
+    """
+    return RunConfig(
+        recipe="apex",
+        env=EnvConfig(game="pong", frame_stack=4, max_episode_frames=50_000),
+        network=NetworkConfig(torso="nature", hidden_sizes=(512,), dueling=True),
+        actors=ActorsConfig(
+            num_actors=360,
+            num_envs=1,
+            n_step=3,
+            reward_clip=1.0,
+            exploration=ExplorationConfig(kind="ladder"),
+            chunk_transitions=50,
+            pull_period_steps=100,
+        ),
+        replay=ReplayConfig(
+            num_shards=4,
+            capacity=2_000_000,
+            memory=ByteSize(8 * GIB),
+            min_size=50_000,
+            samples_per_insert=0.78,
+            priority_exponent=0.6,
+        ),
+        learner=LearnerConfig(
+            batch_size=512,
+            optimizer="rmsprop",
+            learning_rate=0.00025 / 4,
+            rmsprop_decay=0.95,
+            optimizer_epsilon=1.5e-7,
+            max_grad_norm=40.0,
+            target_period_updates=2_500,
+            importance_exponent=0.4,
+            prefetch_batches=16,
+        ),
+        object_store_memory=ByteSize(2 * GIB),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "cartpole": cartpole,
+    "cartpole-keras-rl": cartpole_keras_rl,
+    "cartpole-24": cartpole_24,
+    "gridworld": gridworld,
+    "pong": pong,
+    "breakout": breakout,
+    "nature": nature,
+    "dqn-2013": dqn_2013,
+    "apex": apex,
+}

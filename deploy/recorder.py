@@ -1,0 +1,128 @@
+"""Where metrics go: metrics.jsonl, TensorBoard events, and the terminal (a live display, or one line an interval)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from common.config import ByteSize
+from deploy.progress import Progress
+from deploy.run_dir import RunDirectory
+
+
+class Recorder:
+    """Writes the rows of one command; used by the driver's one thread. rich's display refreshes on a thread of its own."""
+
+    def __init__(self, run_dir: RunDirectory, progress: Progress, console: Console | None = None) -> None:
+        self._progress = progress
+        self._path = run_dir.path
+        self._file = (run_dir.path / "metrics.jsonl").open("a", buffering=1)
+        self._events = EventFileWriter(str(run_dir.path))
+        self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._live: Live | None = None
+        self._row: dict[str, Any] = {}
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=2, transient=True)
+            self._live.start()
+
+    def event(self, text: str) -> None:
+        """Tells a person something that happened once."""
+        self._progress.events.append(f"{_clock(self._progress.wall_seconds)} {text}")
+        self._console.print(f"{_clock(self._progress.wall_seconds)}  {text}", markup=False)
+
+    def row(self) -> None:
+        """Writes one row of metrics everywhere."""
+        row = self._row = self._progress.row()
+        self._file.write(json.dumps(row) + "\n")
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in row.items()]
+        self._events.add_event(Event(wall_time=time.time(), step=row["env_steps"], summary=Summary(value=values)))
+        if self._live is None:
+            self._console.print(self._line(), markup=False)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self._file.close()
+        self._events.close()
+
+    def _line(self) -> str:
+        row = self._row
+        parts = [
+            _clock(self._progress.wall_seconds),
+            f"steps {row['env_steps']:,} ({row.get('actor/env_steps_per_second', 0):,.0f}/s)",
+            f"updates {row['updates']:,} ({row.get('learner/updates_per_second', 0):,.1f}/s)",
+            f"eval {_return(row.get('evaluator/return_mean'))}",
+            f"train {_return(row.get('actor/training_return_mean'))}",
+            f"eps {row.get('actor/epsilon_mean', 1.0):.2f}",
+            f"samples/insert {row.get('shard/samples_per_insert', 0.0):.2f}",
+            f"lag {row.get('actor/params_lag_updates', 0)}",
+            f"replay {row.get('shard/size_transitions', 0):,} in {ByteSize(row.get('shard/used_bytes', 0))}",
+        ]
+        return "  ".join(parts) + "".join(f"  [{sentence}]" for sentence in self._progress.waits()[:1])
+
+    def _render(self) -> RenderableType:
+        progress, row = self._progress, self._row
+        config = progress.config
+        done = progress.fraction_done()
+        left = progress.wall_seconds * (1 - done) / done if done > 0.01 else None
+        head = Table.grid(padding=(0, 2))
+        left_text = f"{_clock(left)} left at most" if left is not None and done < 1 else ""
+        title = Text(f"{config.recipe}  {config.env.game}", style="bold")
+        head.add_row(
+            title, ProgressBar(total=1.0, completed=done, width=36), f"{done:.0%}", _clock(progress.wall_seconds), left_text
+        )
+        table = Table.grid(padding=(0, 3))
+        table.add_row(
+            "greedy evaluation",
+            _return(row.get("evaluator/return_mean")),
+            "training return",
+            _return(row.get("actor/training_return_mean")),
+        )
+        table.add_row(
+            "env steps",
+            f"{progress.env_steps:,}  ({row.get('actor/env_steps_per_second', 0):,.0f}/s)",
+            "updates",
+            f"{progress.updates:,}  ({row.get('learner/updates_per_second', 0):,.1f}/s)",
+        )
+        table.add_row(
+            "samples per insert",
+            f"{row.get('shard/samples_per_insert', 0.0):.2f} of {config.replay.samples_per_insert or float('inf'):g}",
+            "params lag",
+            f"{row.get('actor/params_lag_updates', 0)} updates",
+        )
+        table.add_row(
+            "replay",
+            f"{row.get('shard/size_transitions', 0):,} in {ByteSize(row.get('shard/used_bytes', 0))} of {config.replay.memory}",
+            "epsilon",
+            f"{row.get('actor/epsilon_mean', 1.0):.3f}",
+        )
+        table.add_row(
+            "actors alive",
+            f"{len(progress.actors)} of {config.actors.num_actors}",
+            "learner busy",
+            f"{row.get('learner/busy_fraction', 0.0):.0%}",
+        )
+        waits = [Text(f"waits: {sentence}", style="yellow") for sentence in progress.waits()[:3]]
+        return Group(head, table, *waits, Text(f"Ctrl-C writes a checkpoint and ends; run files: {self._path}", style="dim"))
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "--:--"
+    minutes, second = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
+
+
+def _return(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -1,0 +1,138 @@
+"""Makes each role from the run's configuration, inside the process that will run it.
+
+Imports are local: a shard's process must not bring in PyTorch (42 MB a process, not 200), nor must the driver.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.config import EnvSpec, RunConfig
+
+if TYPE_CHECKING:
+    from actors.actor import Actor
+    from actors.evaluator import Evaluator
+    from common.protocols import ParamsReader, ParamsWriter, ReplayReader, ReplayWriter
+    from deploy.params_store import ParamsStore
+    from learner.learner import Learner
+    from replay_server.shard import ReplayShard
+
+
+def make_shard(config: RunConfig, spec: EnvSpec, run: str, shard_index: int, shard_epoch: int) -> ReplayShard:
+    """Makes shard `shard_index` with its share of all that is counted over all shards."""
+    from replay_server.shard import ReplayShard
+
+    return ReplayShard(
+        run=run,
+        spec=spec,
+        shard_index=shard_index,
+        shard_epoch=shard_epoch,
+        seed=config.seed * 1_000 + shard_index,
+        **shard_shares(config),
+    )
+
+
+def shard_shares(config: RunConfig) -> dict[str, Any]:
+    """Returns one shard's share of the replay configuration."""
+    replay = config.replay
+    return {
+        "memory": int(replay.memory) // replay.num_shards,
+        "capacity": -(-replay.capacity // replay.num_shards),
+        "min_size": -(-replay.min_size // replay.num_shards),
+        "samples_per_insert": replay.samples_per_insert,
+        "limiter_buffer_samples": -(-config.limiter_buffer_samples // replay.num_shards),
+        "priority_exponent": replay.priority_exponent,
+        "send_compressed": replay.send_compressed,
+    }
+
+
+def make_params_store() -> ParamsStore:
+    from deploy.params_store import ParamsStore
+
+    return ParamsStore()
+
+
+def make_learner(
+    config: RunConfig,
+    spec: EnvSpec,
+    run: str,
+    run_dir: str,
+    epoch: int,
+    checkpoint: str | None,
+    num_threads: int,
+    readers: Sequence[ReplayReader],
+    params: ParamsWriter,
+) -> Learner:
+    """Makes the learner, from a checkpoint where one is named."""
+    limit_threads(num_threads)
+    from common.networks import make_network
+    from learner.learner import Learner
+
+    learner = Learner(
+        config=config.learner,
+        network=make_network(config.network, spec, config.seed),
+        uses_convolutions=config.network.torso != "mlp",
+        is_prioritized=config.replay.priority_exponent > 0,
+        readers=readers,
+        params=params,
+        run=run,
+        epoch=epoch,
+        run_dir=Path(run_dir),
+    )
+    if checkpoint is not None:
+        learner.restore(Path(checkpoint))
+    learner.publish()
+    return learner
+
+
+def make_actor(
+    config: RunConfig,
+    spec: EnvSpec,
+    run: str,
+    slot: int,
+    incarnation: int,
+    env_steps: int,
+    replay: ReplayWriter,
+    params: ParamsReader,
+) -> Actor:
+    """Makes one incarnation of an actor slot."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    limit_threads(1)
+    from actors.actor import Actor
+    from actors.environments import make_environment
+    from common.networks import make_network
+
+    return Actor(
+        config=config.actors,
+        environment=make_environment(config.env, config.actors.num_envs, num_threads=config.actors.env_threads),
+        network=make_network(config.network, spec, config.seed),
+        replay=replay,
+        params=params,
+        run=run,
+        slot=slot,
+        incarnation=incarnation,
+        seed=config.seed,
+        env_steps=env_steps,
+        priority_floor=config.learner.priority_floor,
+    )
+
+
+def make_evaluator(config: RunConfig, spec: EnvSpec, params: ParamsReader | None) -> Evaluator:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    limit_threads(1)
+    from actors.evaluator import Evaluator
+    from common.networks import make_network
+
+    network = make_network(config.network, spec, config.seed)
+    return Evaluator(env=config.env, evaluation=config.evaluation, network=network, params=params)
+
+
+def limit_threads(num_threads: int) -> None:
+    """Sets the threads of this process's arithmetic, for libraries loaded later and for PyTorch."""
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    import torch
+
+    torch.set_num_threads(num_threads)

@@ -1,0 +1,183 @@
+"""The run directory: who may write there, what the run is, and how it ended.
+
+run.json  metrics.jsonl  events.*  checkpoints/  learning_curve.png  summary.json
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from common import config as config_module
+from common.config import RunConfig
+from common.errors import CheckpointError, UserError
+from learner import checkpoint as checkpoints
+
+FORMAT_VERSION = 1
+_PACKAGES = ("torch", "ray", "gymnasium", "ale-py", "numpy", "lz4", "msgpack", "safetensors")
+_MUST_AGREE = ("env", "network", "seed")
+
+
+@dataclass(slots=True)
+class RunDirectory:
+    """An open run directory, locked against a second command until `close`."""
+
+    path: Path
+    run: str
+    """The run's identity, in every message: chunks of another run are refused."""
+    checkpoint: Path | None
+    """The newest checkpoint, checked, from which this command goes on; None at the beginning."""
+    meta: dict[str, Any]
+    """The plain values of that checkpoint; empty at the beginning."""
+    changed: list[str]
+    """Settings that differ from those of the command before this one."""
+    _lock: TextIO
+
+    @property
+    def summary_path(self) -> Path:
+        return self.path / "summary.json"
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_json(self.summary_path, summary)
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def default_path(config: RunConfig, recipe_game: str) -> Path:
+    """Returns runs/RECIPE, with the game where it is not the recipe's and the seed where it is not 0."""
+    parts = [config.recipe]
+    parts += [config.env.game] if config.env.game != recipe_game else []
+    parts += [f"seed{config.seed}"] if config.seed else []
+    return Path("runs") / "-".join(parts)
+
+
+def open_run(config: RunConfig, path: Path) -> RunDirectory:
+    """Creates the run directory, or goes on with the run that is there.
+
+    Raises:
+      UserError: where the run there is another one, or running, or its files cannot be trusted; nothing is written then.
+    """
+    _make_directory(path)
+    lock = (path / ".lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"{path}: another qfleet is running there; stop it first, or choose another --run-dir") from error
+    info_path = path / "run.json"
+    changed: list[str] = []
+    checkpoint: Path | None = None
+    meta: dict[str, Any] = {}
+    if info_path.exists():
+        info = read_run_json(path)
+        changed = _differences(info["config"], config_module.as_dict(config), path)
+        checkpoint, meta = newest_checkpoint(path)
+        if meta and meta["run"] != info["run"]:
+            raise CheckpointError(f"checkpoint {checkpoint}: it is of another run than {info_path}; move it away")
+    else:
+        info = {"format_version": FORMAT_VERSION, "run": secrets.token_hex(8), "versions": _versions(), "hardware": _hardware()}
+    info["config"] = config_module.as_dict(config)
+    write_json(info_path, info)
+    return RunDirectory(path=path, run=info["run"], checkpoint=checkpoint, meta=meta, changed=changed, _lock=lock)
+
+
+def read_run_json(path: Path) -> dict[str, Any]:
+    """Reads run.json; raises UserError where it is not there or cannot be read by this version."""
+    file = path / "run.json"
+    try:
+        info = json.loads(file.read_text())
+        version = info["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f"{file}: format {version}, but this code reads {FORMAT_VERSION}: use the qfleet that wrote it")
+        assert isinstance(info["run"], str) and isinstance(info["config"], dict)
+    except OSError as error:
+        raise UserError(f"{path} is not a run directory: {file.name} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{file}: not a run's description (truncated or altered); restore it, or choose another --run-dir"
+        ) from error
+    return dict(info)
+
+
+def read_config(path: Path) -> RunConfig:
+    """Returns the configuration of the run at `path`; raises UserError where there is none that this version knows."""
+    values = read_run_json(path)["config"]
+    try:
+        return config_module.from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path / 'run.json'}: {error}; it was written by another version of qfleet") from error
+
+
+def newest_checkpoint(path: Path) -> tuple[Path | None, dict[str, Any]]:
+    """Returns the newest checkpoint of a run and its plain values, every byte of it checked; (None, {}) where there is none."""
+    found = checkpoints.paths(path / "checkpoints")
+    return (found[-1], dict(checkpoints.read(found[-1]).meta)) if found else (None, {})
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes indented JSON aside and renames it, so that the file is there whole or not at all."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(json.dumps(value, indent=2) + "\n")
+    aside.replace(path)
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run-dir {path}: cannot be made ({error.strerror})") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"--run-dir {path}: no permission to write there")
+    foreign = [entry.name for entry in path.iterdir() if entry.name != ".lock"]
+    if foreign and not (path / "run.json").exists():
+        raise UserError(f"--run-dir {path}: has files ({foreign[0]}) but no run; choose an empty or new directory")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], path: Path) -> list[str]:
+    """Returns what changed; raises UserError where the run could not go on with it."""
+    if old.get("recipe") != new["recipe"]:
+        raise UserError(f"{path} holds a run of recipe {old.get('recipe')!r}, not {new['recipe']!r}: choose another --run-dir")
+    changed = []
+    flat_old, flat_new = _flat(old), _flat(new)
+    for name, value in flat_new.items():
+        before = flat_old.get(name)
+        if before == value or name == "run_dir":
+            continue
+        if name.split(".")[0] in _MUST_AGREE:
+            raise UserError(f"{path} holds a run with {name} {before}, not {value}: choose another --run-dir")
+        changed.append(f"{name} {before} -> {value}")
+    return changed
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def _hardware() -> dict[str, Any]:
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return {"cpu": model, "num_cpus": os.cpu_count(), "system": platform.system()}
+
+
+def num_cpus() -> int:
+    """Returns the processors that this process may use."""
+    return len(os.sched_getaffinity(0))

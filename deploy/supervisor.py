@@ -1,0 +1,384 @@
+"""The supervisor: one driver that owns every Ray worker and never touches data. A loop around `ray.wait`.
+
+Each worker has one call under way: actors and learner `run` for a while and return their statistics, which is also their
+heartbeat. What dies is told by its call. The order of creation is learner, shards, store, evaluator, actors: when memory runs
+out, Ray kills the newest first.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from common.config import EnvSpec, RunConfig
+from common.errors import NonFiniteError, UserError
+from deploy import roles
+from deploy.outcome import Outcome, StopFlag
+from deploy.plan import CpuPlan, plan_cpus
+from deploy.progress import Progress
+from deploy.ray_handles import RayParamsReader, RayParamsWriter, RayReplayReader, RayReplayWriter, Worker
+from deploy.recorder import Recorder
+from deploy.run_dir import RunDirectory
+
+_CALL_SECONDS = 1.0  # How long a worker runs before it reports.
+_START_SECONDS = 180.0  # A worker that is not ready by then will not be.
+_ANSWER_SECONDS = 30.0  # A call that only reads or writes state.
+_MAX_DEATHS, _DEATHS_SECONDS = 5, 60.0  # A slot that dies so often within so long is not restarted again.
+
+
+class RunFault(RuntimeError):
+    """Something that the run cannot go on from. Its text is one line."""
+
+
+class Supervisor:
+    """Starts the workers of one run, restarts actors and evaluator when they die, and ends the run in good order.
+
+    A dead shard, store or learner ends the run with its last checkpoint intact.
+    """
+
+    def __init__(
+        self, config: RunConfig, spec: EnvSpec, run_dir: RunDirectory, progress: Progress, recorder: Recorder, stop: StopFlag
+    ) -> None:
+        self._config, self._spec, self._run_dir = config, spec, run_dir
+        self._progress, self._recorder, self._stop = progress, recorder, stop
+        self._calls: dict[Any, tuple[str, int]] = {}  # Reference of a call under way: (role, index).
+        self._actors: dict[int, Any] = {}
+        self._deaths: dict[tuple[str, int], deque[float]] = {}
+        self._shards: list[Any] = []
+        self._learner: Any = None
+        self._store: Any = None
+        self._evaluator: Any = None
+        self._evaluating = False
+        self._next_evaluation = 0.0
+        self._target_reached = False
+        self._plan: CpuPlan | None = None
+
+    def run(self) -> Outcome:
+        """Runs to the end; Ray is shut down and its files removed whatever happens."""
+        temp_dir = tempfile.mkdtemp(prefix="qfleet-")
+        try:
+            self._start(temp_dir)
+            return self._supervise()
+        finally:
+            ray.shutdown()
+            shutil.rmtree(temp_dir, ignore_errors=True)
+
+    def _start(self, temp_dir: str) -> None:
+        config = self._config
+        start_ray(config, temp_dir)
+        num_cpus = int(ray.cluster_resources()["CPU"])
+        plan = self._plan = plan_cpus(config, num_cpus)
+        self._recorder.event(f"Ray is up on {num_cpus} CPUs; {plan.describe()}")
+        group = self._place(plan)
+        self._learner = self._worker("learner", plan.learner, group, 0)
+        self._shards = [self._worker(f"shard{i}", plan.shard, group, 1 + i) for i in range(config.replay.num_shards)]
+        self._store = self._worker("store", plan.store)
+        run, epoch = self._run_dir.run, self._progress.epoch
+        built = [
+            shard.build.remote(roles.make_shard, config, self._spec, run, i, epoch) for i, shard in enumerate(self._shards)
+        ]
+        built.append(self._store.build.remote(roles.make_params_store))
+        readers = [RayReplayReader(shard, i) for i, shard in enumerate(self._shards)]
+        checkpoint = str(self._run_dir.checkpoint) if self._run_dir.checkpoint else None
+        path = str(self._run_dir.path.resolve())
+        writer = RayParamsWriter(self._store)
+        threads = plan.learner_threads
+        built.append(
+            self._learner.build.remote(
+                roles.make_learner, config, self._spec, run, path, epoch, checkpoint, threads, readers, writer
+            )
+        )
+        self._start_evaluator()
+        for slot in range(config.actors.num_actors):
+            self._start_actor(slot)
+        self._answers(built, _START_SECONDS, "learner, shards and store to start")
+        self._answers([self._learner.call.remote("start")], _ANSWER_SECONDS, "the learner to prefetch")
+        self._call_learner()
+
+    def _place(self, plan: CpuPlan) -> PlacementGroup | None:
+        """Puts learner and shards on one node where they fit, so that batches move through shared memory."""
+        bundles = [{"CPU": plan.learner}, *[{"CPU": plan.shard}] * self._config.replay.num_shards]
+        for strategy in ("STRICT_PACK", "PACK"):
+            group = placement_group(bundles, strategy=strategy)
+            if group.wait(20):
+                return group
+            ray.util.remove_placement_group(group)
+        raise RunFault(f"no {plan.describe()} could be placed for learner and shards: the cluster has too few free CPUs")
+
+    def _worker(self, name: str, num_cpus: float, group: PlacementGroup | None = None, bundle: int = 0) -> Any:
+        options: dict[str, Any] = {"num_cpus": num_cpus, "max_restarts": 0, "enable_task_events": False, "name": name}
+        if group is not None:
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+        return ray.remote(Worker).options(**options).remote()
+
+    def _start_actor(self, slot: int) -> None:
+        """Starts the next incarnation of a slot; it goes on from the steps that the slot last reported."""
+        assert self._plan is not None
+        progress, config = self._progress, self._config
+        incarnation = progress.next_incarnation(slot)
+        worker = self._actors[slot] = self._worker(f"actor{slot}.{incarnation}", self._plan.actor)
+        replay = RayReplayWriter(self._shards, config.actors.max_in_flight_chunks, first_shard=slot)
+        params = RayParamsReader(self._store)
+        steps = progress.env_steps_of[slot]
+        arguments = (config, self._spec, self._run_dir.run, slot, incarnation, steps, replay, params)
+        self._calls[worker.build.remote(roles.make_actor, *arguments)] = ("actor", slot)
+
+    def _start_evaluator(self) -> None:
+        assert self._plan is not None
+        self._evaluator = self._worker(f"evaluator.{time.monotonic_ns()}", self._plan.evaluator)
+        arguments = (self._config, self._spec, RayParamsReader(self._store))
+        self._calls[self._evaluator.build.remote(roles.make_evaluator, *arguments)] = ("evaluator", 0)
+        self._evaluating = False
+
+    def _call_learner(self) -> None:
+        call = self._learner.call.remote("run", _CALL_SECONDS, self._config.max_updates)
+        self._calls[call] = ("learner", 0)
+
+    def _supervise(self) -> Outcome:
+        """The loop, and then the end: drain, checkpoint, last evaluation, ledger."""
+        progress, config = self._progress, self._config
+        fault: str | None = None
+        next_row = time.monotonic()
+        next_checkpoint = time.monotonic() + config.learner.checkpoint_period_seconds
+        digest: str | None = None
+        try:
+            while True:
+                stopped_by = "interrupted" if self._stop() else progress.stopped_by()
+                if stopped_by is None and self._target_reached:
+                    stopped_by = self._confirm_target()
+                if stopped_by is not None:
+                    break
+                ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=0.5)
+                for call in ready:
+                    self._on_answer(call)
+                now = time.monotonic()
+                if now >= next_row:
+                    next_row = now + config.log_period_seconds
+                    self._read_shards()
+                    self._recorder.row()
+                if now >= next_checkpoint:
+                    next_checkpoint = now + config.learner.checkpoint_period_seconds
+                    self._save()
+            self._drain_role("learner")
+            self._drain_actors()
+            digest = self._finish(stopped_by)
+        except NonFiniteError as error:
+            stopped_by, fault = "non_finite", str(error)
+        except (RunFault, RayError) as error:
+            stopped_by, fault = "fault", _one_line(error)
+        try:
+            if fault is not None:
+                self._drain_actors()
+            self._read_shards()
+        except (RunFault, RayError):
+            return Outcome(stopped_by, fault, digest, None)
+        self._recorder.row()
+        return Outcome(stopped_by, fault, digest, progress.ledger.balance(progress.shards))
+
+    def _on_answer(self, call: Any) -> None:
+        """Takes in what a worker reported and gives it its next call."""
+        role, index = self._calls.pop(call)
+        try:
+            result = ray.get(call, timeout=_ANSWER_SECONDS)
+        except RayError as error:
+            self._on_death(role, index, error)
+            return
+        if role == "actor":
+            if not isinstance(result, int):  # The first answer is that of `build`, a process id.
+                self._progress.on_actor(result)
+            self._calls[self._actors[index].call.remote("run", _CALL_SECONDS)] = ("actor", index)
+        elif role == "learner":
+            self._progress.on_learner(result)
+            self._call_learner()
+        else:
+            self._on_evaluator(result)
+
+    def _on_evaluator(self, result: Any) -> None:
+        """Goes on with an evaluation, or begins one where it is time and there are new parameters."""
+        evaluator, config = self._evaluator, self._config.evaluation
+        if hasattr(result, "mean_return"):
+            self._evaluating = False
+            self._next_evaluation = time.monotonic() + config.period_seconds
+            self._take_evaluation(result)
+        if self._evaluating:
+            call = evaluator.call.remote("run", _CALL_SECONDS)
+        elif time.monotonic() < self._next_evaluation or self._progress.updates == 0:
+            call = evaluator.call.remote("rest", _CALL_SECONDS)
+        else:
+            self._evaluating = True
+            call = evaluator.call.remote("begin", config.episodes, self._config.seed, None, _ANSWER_SECONDS)
+        self._calls[call] = ("evaluator", 0)
+
+    def _take_evaluation(self, result: Any) -> None:
+        self._progress.evaluation = result
+        self._recorder.event(
+            f"evaluation of version {result.params_version}: mean return {result.mean_return:.1f} over {result.episodes} episodes "
+            f"({result.seconds:.0f} s)"
+        )
+        target = self._config.evaluation.target_return
+        self._target_reached = target is not None and result.mean_return >= target
+
+    def _on_death(self, role: str, index: int, error: RayError) -> None:
+        """Restarts what may be restarted; raises for what may not."""
+        cause = error.cause if isinstance(error, RayTaskError) else None
+        if isinstance(cause, (NonFiniteError, UserError)):
+            raise type(cause)(f"{role} {index}: {cause}") from error
+        name = "the evaluator" if role == "evaluator" else f"actor {index}" if role == "actor" else f"the {role}"
+        if role == "learner":
+            raise RunFault(f"the learner died: {_one_line(error)}")
+        deaths = self._deaths.setdefault((role, index), deque(maxlen=_MAX_DEATHS))
+        deaths.append(time.monotonic())
+        if len(deaths) == _MAX_DEATHS and deaths[-1] - deaths[0] < _DEATHS_SECONDS:
+            raise RunFault(
+                f"{name} died {_MAX_DEATHS} times within {_DEATHS_SECONDS:.0f} s, the last time of: {_one_line(error)}"
+            )
+        self._recorder.event(f"{name} died ({_one_line(error)}); a new one takes its place")
+        if role == "actor":
+            ray.kill(self._actors[index])
+            self._progress.on_actor_died(index)
+            self._start_actor(index)
+        else:
+            ray.kill(self._evaluator)
+            self._start_evaluator()
+
+    def _confirm_target(self) -> str | None:
+        """Pauses the learner and evaluates its very parameters in full; returns "target_return" where the target holds."""
+        self._target_reached = False
+        self._drain_role("learner")
+        result = self._evaluate_now()
+        target = self._config.evaluation.target_return
+        assert target is not None
+        if result is not None:
+            self._progress.evaluation = result
+            held = "holds" if result.mean_return >= target else "does not hold: training goes on"
+            self._recorder.event(
+                f"{result.episodes} episodes of the paused learner: {result.mean_return:.1f}; the target {held}"
+            )
+            if result.mean_return >= target:
+                return "target_return"
+        self._call_learner()
+        self._calls[self._evaluator.call.remote("rest", 0.0)] = ("evaluator", 0)
+        return None
+
+    def _evaluate_now(self) -> Any:
+        """Evaluates the learner's present parameters over the final number of episodes; None where it was interrupted."""
+        self._drain_role("evaluator")
+        self._answers([self._learner.call.remote("publish")], _ANSWER_SECONDS, "the learner to publish")
+        config = self._config
+        version = (self._progress.epoch, self._progress.updates)
+        begin = self._evaluator.call.remote(
+            "begin", config.evaluation.final_episodes, config.seed + 1, version, _ANSWER_SECONDS
+        )
+        self._answers([begin], 2 * _ANSWER_SECONDS, "the evaluator to begin")
+        stopped_before = self._stop()
+        while self._stop() == stopped_before:
+            call = self._evaluator.call.remote("run", _CALL_SECONDS)
+            (result,) = self._answers([call], _ANSWER_SECONDS + _CALL_SECONDS, "the evaluator")
+            if result is not None:
+                self._evaluating = False
+                return result
+        return None
+
+    def _drain_actors(self) -> None:
+        """Lets every actor come to rest, and every chunk in flight be answered."""
+        self._drain_role("actor")
+        closing = {slot: worker.call.remote("close", _ANSWER_SECONDS / 2) for slot, worker in self._actors.items()}
+        for slot, call in closing.items():
+            try:
+                self._progress.on_actor(ray.get(call, timeout=_ANSWER_SECONDS))
+            except RayError as error:
+                self._recorder.event(f"actor {slot} did not end in order: {_one_line(error)}")
+                self._progress.on_actor_died(slot)
+
+    def _drain_role(self, role: str) -> None:
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while calls := [call for call, (name, _) in self._calls.items() if name == role]:
+            ready, _ = ray.wait(calls, num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
+            if not ready:
+                raise RunFault(f"waited {_ANSWER_SECONDS:.0f} s for the {role} to come to rest")
+            for call in ready:
+                _, index = self._calls.pop(call)
+                try:
+                    result = ray.get(call, timeout=_ANSWER_SECONDS)
+                except RayError as error:
+                    if role == "actor":
+                        self._progress.on_actor_died(index)
+                        self._actors.pop(index)
+                        continue
+                    raise RunFault(f"the {role} died: {_one_line(error)}") from error
+                if role == "actor" and not isinstance(result, int):
+                    self._progress.on_actor(result)
+                elif role == "learner":
+                    self._progress.on_learner(result)
+
+    def _finish(self, stopped_by: str) -> str:
+        """Writes the last checkpoint and evaluates it; returns the digest of its parameters."""
+        name = self._save()
+        self._recorder.event(f"checkpoint {name} is written ({stopped_by})")
+        if stopped_by not in ("interrupted", "target_return"):
+            result = self._evaluate_now()
+            if result is not None:
+                self._take_evaluation(result)
+        (digest,) = self._answers([self._learner.call.remote("digest")], _ANSWER_SECONDS, "the learner's digest")
+        return str(digest)
+
+    def _save(self) -> str:
+        call = self._learner.call.remote("save", self._progress.counters())
+        (name,) = self._answers([call], _ANSWER_SECONDS, "the learner to write a checkpoint")
+        return str(name)
+
+    def _read_shards(self) -> None:
+        calls = [shard.call.remote("stats") for shard in self._shards]
+        self._progress.shards = self._answers(calls, _ANSWER_SECONDS, "the shards' statistics")
+
+    def _answers(self, calls: list[Any], seconds: float, what: str) -> list[Any]:
+        """Returns the answers to all calls; raises what a worker raised, or RunFault after so many seconds."""
+        try:
+            return list(ray.get(calls, timeout=seconds))
+        except ray.exceptions.GetTimeoutError as error:
+            raise RunFault(f"waited {seconds:.0f} s for {what}") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, (NonFiniteError, UserError)):
+                raise type(error.cause)(str(error.cause)) from error
+            raise RunFault(f"while waiting for {what}: {_one_line(error)}") from error
+        except RayActorError as error:
+            raise RunFault(f"a worker died while the driver waited for {what}: {_one_line(error)}") from error
+
+
+def start_ray(config: RunConfig, temp_dir: str) -> None:
+    """Starts a local Ray of its own: loopback, token authentication with a token that is written nowhere, private files."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    root = str(Path(__file__).resolve().parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=int(config.object_store_memory),
+        log_to_driver=False,
+        logging_level="error",
+        _temp_dir=temp_dir,
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    """Returns the last line of an error's text that says anything, without Ray's frames."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    if isinstance(error, RayTaskError):
+        return f"{type(cause).__name__}: {lines[-1] if lines else ''}"
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,136 @@
+"""`qfleet train` and `qfleet resume`: opens the run directory, runs the system, writes the summary."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from actors.environments import probe
+from common.config import RunConfig
+from common.errors import UserError
+from deploy import run_dir as run_dirs
+from deploy.outcome import Outcome
+from deploy.plan import check_memory, plan_cpus
+from deploy.plots import draw_learning_curve
+from deploy.progress import Progress
+from deploy.recorder import Recorder
+
+EXIT_DONE, EXIT_FAULT, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class StopSignal:
+    """Turns the first SIGINT or SIGTERM into a flag that the run reads; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def __call__(self) -> bool:
+        return self._asked
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+
+def train(config: RunConfig, path: Path) -> int:
+    """Begins or continues the run at `path`; returns the exit status.
+
+    Raises:
+      UserError: before anything is written, where the configuration does not fit the environment, the machine or the
+        run directory.
+    """
+    started = time.monotonic()
+    spec = probe(config.env)
+    check_memory(config, spec)
+    if not config.serial:
+        plan_cpus(config, run_dirs.num_cpus())
+    run_dir = run_dirs.open_run(config, path)
+    progress = Progress(config, run_dir.meta)
+    progress.started = started
+    budget = progress.stopped_by()
+    if budget is not None:
+        print(
+            f"{path} has already reached its {budget} ({getattr(config, budget)}): raise --{budget.replace('_', '-')} to go on"
+        )
+        return EXIT_DONE
+    stop = StopSignal()
+    recorder = Recorder(run_dir, progress)
+    _announce(recorder, run_dir, progress)
+    outcome: Outcome | None = None
+    try:
+        if config.serial:
+            from deploy.serial import run_serial
+
+            outcome = run_serial(config, spec, run_dir, progress, recorder, stop)
+        else:
+            from deploy.supervisor import Supervisor
+
+            outcome = Supervisor(config, spec, run_dir, progress, recorder, stop).run()
+    finally:
+        recorder.close()
+        if outcome is not None:
+            run_dir.write_summary(_summary(config, progress, outcome))
+            draw_learning_curve([path], path / "learning_curve.png")
+        run_dir.close()
+    return _report(path, progress, outcome)
+
+
+def _announce(recorder: Recorder, run_dir: run_dirs.RunDirectory, progress: Progress) -> None:
+    if run_dir.checkpoint is None:
+        recorder.event(f"new run in {run_dir.path}")
+        return
+    recorder.event(
+        f"continuing {run_dir.path} from update {progress.updates:,} and env step {progress.env_steps:,}; the replay begins empty"
+    )
+    for change in run_dir.changed:
+        recorder.event(f"changed since the last command: {change}")
+
+
+def _summary(config: RunConfig, progress: Progress, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "recipe": config.recipe,
+        "env": config.env.game,
+        "seed": config.seed,
+        "stopped_by": outcome.stopped_by,
+        "fault": outcome.fault,
+        "wall_seconds": progress.wall_seconds,
+        "total_wall_seconds": progress.earlier_seconds + progress.wall_seconds,
+        "env_steps": progress.env_steps,
+        "frames": progress.frames,
+        "updates": progress.updates,
+        "samples": progress.samples,
+        "params_digest": outcome.params_digest,
+        "evaluation": progress.evaluation_dict(),
+        "ledger": outcome.ledger,
+    }
+
+
+def _report(path: Path, progress: Progress, outcome: Outcome) -> int:
+    """Says in a few lines how it ended; returns the exit status."""
+    evaluation = progress.evaluation
+    result = f"mean return {evaluation.mean_return:.1f} over {evaluation.episodes} episodes" if evaluation else "no evaluation"
+    print(
+        f"ended by {outcome.stopped_by} after {progress.wall_seconds:.0f} s: {progress.env_steps:,} env steps, "
+        f"{progress.updates:,} updates, {result}"
+    )
+    if outcome.params_digest:
+        print(f"parameters sha256 {outcome.params_digest}")
+    print(f"see {path / 'summary.json'}, {path / 'learning_curve.png'}; the same command goes on from here")
+    if outcome.fault is not None:
+        print(f"qfleet: {outcome.fault}")
+        return EXIT_FAULT
+    return EXIT_INTERRUPTED if outcome.stopped_by == "interrupted" else EXIT_DONE
+
+
+def resume(path: Path, overrides: Any) -> int:
+    """Continues the run at `path` with its own configuration, changed by `overrides(config)`."""
+    config: RunConfig = overrides(run_dirs.read_config(path))
+    if run_dirs.newest_checkpoint(path)[0] is None:
+        raise UserError(f"{path} has no checkpoint to resume from; start it again with qfleet train {config.recipe}")
+    return train(config, path)

@@ -1,0 +1,202 @@
+"""From shards to tensors: asks every shard for its share, merges the answers, and keeps batches ready.
+
+Sits between the shards and the update. Unpacking, decompression, importance weights and conversion happen here, on a thread
+of their own, so that the update finds tensors.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import wire
+from common.errors import WireError
+from common.messages import Array, PriorityUpdate, SampleBatch
+from common.planes import decode_planes
+from common.priorities import importance_weights
+from common.protocols import ReplayReader
+
+_SHORTEST_PAUSE_SECONDS = 0.002
+_LONGEST_PAUSE_SECONDS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One merged batch, ready for the update; B transitions in the order of the shards."""
+
+    s_tm1: Tensor
+    """[B, K, ...] prepared by the network."""
+    s_t: Tensor
+    a_tm1: Tensor
+    """i64[B]."""
+    r_t: Tensor
+    """f32[B]."""
+    discount_t: Tensor
+    """f32[B]."""
+    importance_weight: Tensor
+    """f32[B] in (0, 1]."""
+    shares: tuple[tuple[int, int, Array], ...]
+    """(shard index, shard epoch, item_id i64[...]) of each shard's part, in order."""
+    mean_params_version: float
+    """Of the parameters that acted."""
+
+
+def shares(batch_size: int, num_shards: int) -> list[int]:
+    """Returns how many items each shard is asked for: equal shares, the first shards one more where it does not divide."""
+    return [batch_size // num_shards + (i < batch_size % num_shards) for i in range(num_shards)]
+
+
+def merge(
+    parts: Sequence[SampleBatch], *, importance_exponent: float, prepare: Callable[[Tensor], Tensor], device: torch.device
+) -> Batch:
+    """Merges the shards' parts into one batch.
+
+    The probability of an item of shard s is (share of the batch asked of s) * (its probability there); the importance
+    weights use the items of all shards and are normalized over the merged batch, so sharding changes no expectation.
+    """
+    batch_size = sum(len(part.item_id) for part in parts)
+    probability = np.concatenate([part.probability * (len(part.item_id) / batch_size) for part in parts])
+    num_items = sum(part.size for part in parts)
+    decoded = [decode_planes(part) for part in parts]
+
+    def observations(name: str) -> Tensor:
+        stacks = np.concatenate([planes[getattr(part, name)] for planes, part in zip(decoded, parts, strict=True)])
+        return prepare(torch.from_numpy(stacks).to(device, non_blocking=True))
+
+    def joined(name: str, dtype: type) -> Tensor:
+        return torch.from_numpy(np.concatenate([getattr(part, name) for part in parts]).astype(dtype)).to(device)
+
+    return Batch(
+        s_tm1=observations("s_tm1"),
+        s_t=observations("s_t"),
+        a_tm1=joined("a_tm1", np.int64),
+        r_t=joined("r_t", np.float32),
+        discount_t=joined("discount_t", np.float32),
+        importance_weight=torch.from_numpy(importance_weights(probability, num_items, exponent=importance_exponent)).to(device),
+        shares=tuple((part.shard_index, part.shard_epoch, part.item_id.copy()) for part in parts),
+        mean_params_version=float(np.mean(np.concatenate([part.params_version for part in parts]))),
+    )
+
+
+class BatchSource:
+    """Draws merged batches from all shards, and carries priorities back.
+
+    With `start()` a thread keeps `prefetch_batches` batches ready and as many requests under way; without it, each
+    `next_batch` draws one itself (the serial run). An exception of the thread is raised by the next `next_batch`.
+    """
+
+    def __init__(
+        self,
+        readers: Sequence[ReplayReader],
+        *,
+        batch_size: int,
+        importance_exponent: float,
+        prefetch_batches: int,
+        prepare: Callable[[Tensor], Tensor],
+        device: torch.device,
+    ) -> None:
+        self._readers = readers
+        self._shares = shares(batch_size, len(readers))
+        self._importance_exponent, self._prepare, self._device = importance_exponent, prepare, device
+        self._prefetch_batches = prefetch_batches
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(prefetch_batches)
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._parts: list[SampleBatch | None] = [None] * len(readers)
+        self.num_dropped_batches = 0
+        self.last_fault: str | None = None
+        self.waits_for: str | None = None
+        """Why there is no batch now, or None."""
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stopping.set()
+        while self._thread is not None and self._thread.is_alive():
+            self._drain()
+            self._thread.join(0.05)
+
+    def num_ready(self) -> int:
+        return self._queue.qsize()
+
+    def next_batch(self, timeout_seconds: float) -> Batch | None:
+        """Returns a batch, or None where none came within the timeout; `waits_for` says why."""
+        if self._thread is None:
+            return self._draw(timeout_seconds)
+        try:
+            item = self._queue.get(timeout=timeout_seconds)
+        except queue.Empty:
+            return None
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def update_priorities(self, batch: Batch, priority: Array) -> None:
+        """Sends f64[B] priorities back to the shards that the items came from."""
+        start = 0
+        for reader, (shard_index, shard_epoch, item_id) in zip(self._readers, batch.shares, strict=True):
+            part = priority[start : start + len(item_id)]
+            start += len(item_id)
+            update = PriorityUpdate(shard_index=shard_index, shard_epoch=shard_epoch, item_id=item_id, priority=part)
+            reader.update_priorities(wire.pack(update))
+
+    def _fill(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                batch = self._draw(0.2)
+                while batch is not None and not self._stopping.is_set():
+                    try:
+                        self._queue.put(batch, timeout=0.2)
+                        break
+                    except queue.Full:
+                        continue
+        except BaseException as error:  # The thread's edge: the learner's thread raises it again.
+            self._drain()
+            self._queue.put(error)
+
+    def _drain(self) -> None:
+        while not self._queue.empty():
+            self._queue.get_nowait()
+
+    def _draw(self, timeout_seconds: float) -> Batch | None:
+        """Collects every shard's part, asking again where a shard had none, and merges them."""
+        deadline = time.monotonic() + timeout_seconds
+        pause = _SHORTEST_PAUSE_SECONDS
+        depth = self._prefetch_batches if self._thread is not None else 1
+        while True:
+            for index, reader in enumerate(self._readers):
+                if self._parts[index] is None:
+                    self._collect(index, reader, depth, max(deadline - time.monotonic(), 0.0))
+            if all(part is not None for part in self._parts):
+                parts = [part for part in self._parts if part is not None]
+                self._parts = [None] * len(self._readers)
+                self.waits_for = None
+                return merge(parts, importance_exponent=self._importance_exponent, prepare=self._prepare, device=self._device)
+            if time.monotonic() + pause > deadline or self._stopping.is_set():
+                return None
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    def _collect(self, index: int, reader: ReplayReader, depth: int, timeout_seconds: float) -> None:
+        while reader.num_requested() < depth:
+            reader.request(self._shares[index])
+        reply = reader.collect(timeout_seconds)
+        if reply is None:
+            self.waits_for = f"the learner waits for shard {index} to answer"
+        elif reply.batch is None:
+            self.waits_for = reply.waits_for
+        else:
+            try:
+                self._parts[index] = wire.unpack(reply.batch, SampleBatch)
+            except WireError as error:
+                self.num_dropped_batches += 1
+                self.last_fault = f"shard {index} sent a batch that cannot be read: {error}"

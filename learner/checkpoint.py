@@ -1,0 +1,140 @@
+"""Checkpoints on disk: safetensors files and a msgpack manifest with their checksums. Nothing is ever unpickled.
+
+    checkpoints/<updates, 10 digits>/   online.safetensors target.safetensors optimizer.safetensors manifest.msgpack
+
+Written aside, fsynced and renamed, so a checkpoint is there whole or not at all. Tensors are numpy arrays here, so that the
+driver can check a checkpoint without PyTorch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from common.errors import CheckpointError
+from common.messages import Array
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.msgpack"
+_TENSOR_FILES = ("online", "target", "optimizer")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """What a checkpoint holds."""
+
+    tensors: Mapping[str, Mapping[str, Array]]
+    """`online`, `target` and `optimizer`, each a map of named arrays."""
+    meta: Mapping[str, Any]
+    """Plain values: counters, the run's identity, the optimizer's hyperparameters."""
+
+
+def write(directory: Path, updates: int, checkpoint: Checkpoint, *, kept: int) -> Path:
+    """Writes `directory/<updates>` atomically, then deletes all but the newest `kept`; returns its path.
+
+    A checkpoint of the same number of updates is kept as it is: it holds the same parameters.
+    """
+    final = directory / f"{updates:010d}"
+    if final.exists():
+        return final
+    aside = directory / f".{final.name}.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    files: dict[str, dict[str, Any]] = {}
+    for name in _TENSOR_FILES:
+        data = safetensors.numpy.save(dict(checkpoint.tensors[name]))
+        _write_synced(aside / f"{name}.safetensors", data)
+        files[f"{name}.safetensors"] = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    body = msgpack.packb({"format_version": FORMAT_VERSION, "files": files, "meta": dict(checkpoint.meta)})
+    _write_synced(aside / MANIFEST, hashlib.sha256(body).digest() + body)
+    _sync_directory(aside)
+    aside.rename(final)
+    _sync_directory(directory)
+    for old in paths(directory)[:-kept]:
+        shutil.rmtree(old)
+    return final
+
+
+def paths(directory: Path) -> list[Path]:
+    """Returns the complete checkpoints, oldest first."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if re.fullmatch(r"\d{10}", path.name))
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """Returns the manifest's plain values, checked; raises CheckpointError naming what is wrong."""
+    return dict(_read_manifest(path)["meta"])
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads a checkpoint and checks every byte of it.
+
+    Raises:
+      CheckpointError: naming the file, where one is missing, truncated, altered or of a newer format.
+    """
+    manifest = _read_manifest(path)
+    tensors = {}
+    for name in _TENSOR_FILES:
+        file = path / f"{name}.safetensors"
+        expected = manifest["files"].get(file.name)
+        data = _read_bytes(file)
+        if expected is None or len(data) != expected["num_bytes"]:
+            raise _fault(file, f"it has {len(data)} bytes, not what the manifest says: truncated")
+        if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+            raise _fault(file, "its checksum is wrong: it was altered")
+        try:
+            tensors[name] = safetensors.numpy.load(data)
+        except SafetensorError as error:
+            raise _fault(file, str(error)) from error
+    return Checkpoint(tensors=tensors, meta=manifest["meta"])
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    data = _read_bytes(file)
+    digest, body = data[:32], data[32:]
+    if hashlib.sha256(body).digest() != digest:
+        raise _fault(file, "its checksum is wrong: truncated or altered")
+    manifest = msgpack.unpackb(body, strict_map_key=False)
+    if manifest["format_version"] != FORMAT_VERSION:
+        text = f"format {manifest['format_version']}, but this code reads {FORMAT_VERSION}: use the qfleet that wrote it"
+        raise CheckpointError(f"checkpoint {file}: {text}")
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def _fault(file: Path, text: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint {file}: {text}; move {file.parent} away to go on from the one before it")
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise _fault(file, f"it cannot be read ({error.strerror})") from error
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

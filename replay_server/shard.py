@@ -1,0 +1,325 @@
+"""The replay shard: keeps transitions as compressed planes within a budget of bytes, and draws batches of them.
+
+Actors insert packed TransitionChunks, the learner samples packed SampleBatches and sends PriorityUpdates. One thread calls
+it; it never sleeps, and imports neither torch nor ray nor an environment.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from common import wire
+from common.config import ByteSize, EnvSpec
+from common.errors import UserError, WireError
+from common.messages import Array, PriorityUpdate, SampleBatch, TransitionChunk
+from common.planes import codec_of, decode_planes
+from common.protocols import InsertReply, SampleReply
+from replay_server.limiter import RateLimiter
+from replay_server.storage import SegmentStore
+from replay_server.sum_tree import SumTree
+
+_MIN_SEGMENTS = 8
+_MAX_SEGMENT_BYTES = 4 << 20
+_MIN_SEGMENT_BYTES = 128 << 10
+
+
+@dataclass(slots=True)
+class SenderCount:
+    """What one incarnation of one actor slot brought to this shard, in transitions."""
+
+    inserted: int = 0
+    refused: int = 0
+    sent: int = 0
+    """Transitions that the incarnation had sent, to all shards, up to its newest chunk seen here."""
+
+
+class ReplayShard:
+    """One shard of the replay.
+
+    It holds, for each item, two stacks of references into a record of planes, and the scalars; records are the planes of one
+    chunk with their table of offsets, as received. `item_id` rises by one per insert and is never reused;
+    `(shard_epoch, item_id)` names an item for ever; its slot is `item_id % capacity`.
+
+    Invariants (`check_valid`): `num_inserted = size + num_evicted`; size <= capacity; the tree's leaves are positive only
+    for resident items.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: str,
+        spec: EnvSpec,
+        shard_index: int,
+        shard_epoch: int,
+        memory: int,
+        capacity: int,
+        min_size: int,
+        samples_per_insert: float | None,
+        limiter_buffer_samples: int,
+        priority_exponent: float,
+        send_compressed: bool,
+        seed: int,
+    ) -> None:
+        """All quantities are this shard's own share; `memory` in bytes. Raises UserError where the budget is too small."""
+        self._run, self._spec = run, spec
+        self._plane_num_bytes = int(np.prod(spec.plane_shape)) * np.dtype(spec.plane_dtype).itemsize
+        self._shard_index, self._shard_epoch = shard_index, shard_epoch
+        self._capacity = capacity
+        self._priority_exponent = priority_exponent
+        self._send_compressed = send_compressed
+        self._limiter = RateLimiter(min_size, samples_per_insert, limiter_buffer_samples)
+        self._rng = np.random.default_rng(seed)
+        self._items = np.zeros(capacity, _item_dtype(spec.frame_stack))
+        self._tree = SumTree(capacity) if priority_exponent > 0 else None
+        self._store = _make_store(memory, capacity, spec.frame_stack, prioritized=priority_exponent > 0)
+        self._oldest_item_id = 0
+        self._next_item_id = 0
+        self._num_refused_chunks = 0
+        self._num_stale_priority_updates = 0
+        self._num_priority_updates = 0
+        self._last_refusal: str | None = None
+        self._senders: dict[tuple[int, int], SenderCount] = defaultdict(SenderCount)
+
+    @property
+    def size(self) -> int:
+        return self._next_item_id - self._oldest_item_id
+
+    def insert(self, message: Array) -> InsertReply:
+        """Stores the transitions of one packed chunk, evicting the oldest where it must; or refuses it whole.
+
+        Keeps no view of `message`. The limiter does not refuse: the reply says where actors should pause.
+        """
+        chunk: TransitionChunk | None = None
+        try:
+            chunk = wire.unpack(message, TransitionChunk)
+            self._check_fits(chunk)
+        except WireError as error:
+            self._num_refused_chunks += 1
+            self._last_refusal = str(error)
+            refused = chunk.num_transitions if chunk else 0
+            if chunk and chunk.run == self._run:
+                self._count(chunk, inserted=0, refused=refused)
+            return InsertReply(num_inserted=0, num_refused=refused, refusal=str(error), waits_for=self.may_insert())
+        self._append(chunk)
+        self._count(chunk, inserted=chunk.num_transitions, refused=0)
+        self._limiter.num_inserted += chunk.num_transitions
+        return InsertReply(num_inserted=chunk.num_transitions, num_refused=0, refusal=None, waits_for=self.may_insert())
+
+    def may_insert(self) -> str | None:
+        """Returns None where actors may push, else the sentence whom they wait for."""
+        return self._named(self._limiter.may_insert(self.size))
+
+    def sample(self, num_items: int) -> SampleReply:
+        """Draws items with replacement, by priority or uniformly, where the limiter allows it."""
+        waits_for = self._named(self._limiter.may_sample(num_items, self.size))
+        if waits_for is None and self._tree is not None and self._tree.total() <= 0:
+            waits_for = self._named("the learner waits for a transition whose priority is not zero")
+        if waits_for is not None:
+            return SampleReply(batch=None, waits_for=waits_for)
+        item_id, probability = self._draw(num_items)
+        self._limiter.num_sampled += num_items
+        return SampleReply(batch=wire.pack(self._gather(item_id, probability)), waits_for=None)
+
+    def update_priorities(self, message: Array) -> int:
+        """Applies a packed PriorityUpdate and returns how many of its items were applied.
+
+        Items of another epoch or already evicted are dropped and counted. Raises WireError, changing nothing, for an
+        update that cannot be read.
+        """
+        update = wire.unpack(message, PriorityUpdate)
+        if update.shard_index != self._shard_index:
+            raise WireError(f"shard_index: {update.shard_index}, but this is shard {self._shard_index}")
+        resident = (update.item_id >= self._oldest_item_id) & (update.item_id < self._next_item_id)
+        if update.shard_epoch != self._shard_epoch:
+            resident[:] = False
+        self._num_stale_priority_updates += int((~resident).sum())
+        self._num_priority_updates += int(resident.sum())
+        if self._tree is not None and resident.any():
+            slots = update.item_id[resident] % self._capacity
+            self._tree.set(slots, update.priority[resident] ** self._priority_exponent)
+        return int(resident.sum())
+
+    def stats(self) -> dict[str, Any]:
+        """Returns the shard's counters as plain values."""
+        size = self.size
+        return {
+            "shard_index": self._shard_index,
+            "shard_epoch": self._shard_epoch,
+            "size": size,
+            "capacity": self._capacity,
+            "num_inserted": self._next_item_id,
+            "num_evicted": self._oldest_item_id,
+            "num_sampled": self._limiter.num_sampled,
+            "num_refused_chunks": self._num_refused_chunks,
+            "last_refusal": self._last_refusal,
+            "num_priority_updates": self._num_priority_updates,
+            "num_stale_priority_updates": self._num_stale_priority_updates,
+            "used_bytes": self._store.used_bytes()
+            + size * _index_bytes_per_item(self._spec.frame_stack, self._tree is not None),
+            "waits_for": [w for w in (self.may_insert(), self._named(self._limiter.may_sample(1, size))) if w],
+            "senders": [[slot, incarnation, asdict(count)] for (slot, incarnation), count in self._senders.items()],
+        }
+
+    def check_valid(self) -> None:
+        assert 0 <= self.size <= self._capacity
+        self._store.check_valid()
+        if self._tree is not None:
+            self._tree.check_valid()
+            slots = np.arange(self._oldest_item_id, self._next_item_id) % self._capacity
+            gone = np.setdiff1d(np.arange(self._capacity), slots)
+            assert (self._tree.values[gone] == 0).all()
+
+    def _named(self, waits_for: str | None) -> str | None:
+        return waits_for and f"shard {self._shard_index}: {waits_for}"
+
+    def _check_fits(self, chunk: TransitionChunk) -> None:
+        """Raises WireError where the chunk is of another run, game or shape, or its planes do not decode."""
+        spec = self._spec
+        if chunk.run != self._run:
+            raise WireError(f"run: the chunk is of run {chunk.run!r}, this is {self._run!r}")
+        if tuple(chunk.plane_shape.tolist()) != spec.plane_shape or chunk.plane_dtype != spec.plane_dtype:
+            raise WireError(f"plane_shape: {tuple(chunk.plane_shape.tolist())} {chunk.plane_dtype}, expected {spec}")
+        if chunk.codec != codec_of(spec.plane_dtype):
+            raise WireError(f"codec: {chunk.codec!r}, expected {codec_of(spec.plane_dtype)!r}")
+        if chunk.s_tm1.shape[1] != spec.frame_stack:
+            raise WireError(f"s_tm1: stacks of {chunk.s_tm1.shape[1]} planes, expected {spec.frame_stack}")
+        if int(chunk.a_tm1.max()) >= spec.num_actions:
+            raise WireError(f"a_tm1: action {int(chunk.a_tm1.max())} of {spec.num_actions}")
+        if chunk.num_transitions > self._capacity:
+            raise WireError(f"a_tm1: {chunk.num_transitions} transitions, but this shard's capacity is {self._capacity}")
+        if _record_bytes(chunk) > self._store.record_limit:
+            raise WireError(f"plane_data: {_record_bytes(chunk)} bytes, but a record has at most {self._store.record_limit}")
+        decode_planes(chunk)
+
+    def _append(self, chunk: TransitionChunk) -> None:
+        first, end = self._next_item_id, self._next_item_id + chunk.num_transitions
+        self._evict_before(end - self._capacity)
+        while (address := self._store.allocate(_record_bytes(chunk), end)) is None:
+            self._evict_before(self._store.oldest_segment_end())
+        table_bytes = chunk.plane_offsets.nbytes
+        words = self._store.words[address // 4 : (address + table_bytes) // 4]
+        np.add(chunk.plane_offsets, table_bytes, out=words)  # Offsets from the start of the record.
+        self._store.bytes[address + table_bytes : address + _record_bytes(chunk)] = chunk.plane_data
+        slots = np.arange(first, end) % self._capacity
+        items = self._items
+        items["address"][slots] = address
+        items["params_version"][slots] = chunk.params_version
+        for name in ("s_tm1", "s_t", "a_tm1", "r_t", "discount_t"):
+            items[name][slots] = getattr(chunk, name)
+        if self._tree is not None:
+            self._tree.set(slots, chunk.priority**self._priority_exponent)
+        self._next_item_id = end
+
+    def _evict_before(self, item_id: int) -> None:
+        """Evicts every item older than `item_id`."""
+        if item_id <= self._oldest_item_id:
+            return
+        if self._tree is not None:
+            slots = np.arange(self._oldest_item_id, item_id) % self._capacity
+            self._tree.set(slots, np.zeros(len(slots)))
+        self._oldest_item_id = item_id
+        self._store.release_before(item_id)
+
+    def _draw(self, num_items: int) -> tuple[Array, Array]:
+        """Returns (item_id i64[B], probability f64[B])."""
+        if self._tree is None:
+            item_id = self._rng.integers(self._oldest_item_id, self._next_item_id, size=num_items)
+            return item_id, np.full(num_items, 1.0 / self.size)
+        total = self._tree.total()
+        slots = self._tree.find(self._rng.random(num_items) * total)
+        age = (slots - self._oldest_item_id) % self._capacity
+        return self._oldest_item_id + age, self._tree.values[slots] / total
+
+    def _gather(self, item_id: Array, probability: Array) -> SampleBatch:
+        items = self._items[item_id % self._capacity]
+        references = np.concatenate([items["s_tm1"], items["s_t"]], axis=1).astype(np.int64)  # [B, 2K]
+        words = items["address"][:, None] // 4 + references
+        # A plane that several stacks share is sent once. A plane is where its entry in a record's table is.
+        unique_words, where = np.unique(words, return_inverse=True)
+        where = where.reshape(words.shape).astype(np.int32)
+        record = np.zeros(len(unique_words), np.int64)
+        record[where] = items["address"][:, None]
+        starts = record + self._store.words[unique_words]
+        ends = record + self._store.words[unique_words + 1]
+        view = memoryview(self._store.bytes)
+        blob = b"".join([view[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)])
+        offsets = np.zeros(len(starts) + 1, np.uint32)
+        np.cumsum(ends - starts, out=offsets[1:])
+        stack = self._spec.frame_stack
+        batch = SampleBatch(
+            codec=codec_of(self._spec.plane_dtype),
+            plane_dtype=self._spec.plane_dtype,
+            plane_shape=np.array(self._spec.plane_shape),
+            plane_offsets=offsets,
+            plane_data=np.frombuffer(blob, np.uint8),
+            shard_index=self._shard_index,
+            shard_epoch=self._shard_epoch,
+            size=self.size,
+            priority_mass=self._tree.total() if self._tree is not None else float(self.size),
+            s_tm1=where[:, :stack],
+            s_t=where[:, stack:],
+            a_tm1=items["a_tm1"],
+            r_t=items["r_t"],
+            discount_t=items["discount_t"],
+            item_id=item_id,
+            probability=probability,
+            params_version=items["params_version"],
+        )
+        return batch if self._send_compressed else self._decoded(batch)
+
+    def _decoded(self, batch: SampleBatch) -> SampleBatch:
+        planes = decode_planes(batch)
+        offsets = np.arange(len(planes) + 1, dtype=np.uint32) * self._plane_num_bytes
+        fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+        data = np.ascontiguousarray(planes).view(np.uint8).reshape(-1)
+        return SampleBatch(**fields | {"codec": "raw", "plane_offsets": offsets, "plane_data": data})
+
+    def _count(self, chunk: TransitionChunk, *, inserted: int, refused: int) -> None:
+        count = self._senders[chunk.actor_slot, chunk.incarnation]
+        count.inserted += inserted
+        count.refused += refused
+        count.sent = max(count.sent, chunk.num_sent_before + chunk.num_transitions)
+
+
+def min_memory(capacity: int, frame_stack: int, *, prioritized: bool) -> int:
+    """Returns the least bytes of one shard of this capacity: its index, and the smallest store of planes."""
+    return capacity * _index_bytes_per_item(frame_stack, prioritized) + _MIN_SEGMENTS * _MIN_SEGMENT_BYTES
+
+
+def _item_dtype(frame_stack: int) -> np.dtype[Any]:
+    return np.dtype(
+        [
+            ("address", "<i8"),
+            ("params_version", "<i8"),
+            ("s_tm1", "<u2", (frame_stack,)),
+            ("s_t", "<u2", (frame_stack,)),
+            ("a_tm1", "<i4"),
+            ("r_t", "<f4"),
+            ("discount_t", "<f4"),
+        ]
+    )
+
+
+def _index_bytes_per_item(frame_stack: int, prioritized: bool) -> int:
+    """Bytes beside the planes: the item's row, and at most four nodes of the tree."""
+    return _item_dtype(frame_stack).itemsize + (32 if prioritized else 0)
+
+
+def _make_store(memory: int, capacity: int, frame_stack: int, *, prioritized: bool) -> SegmentStore:
+    least = min_memory(capacity, frame_stack, prioritized=prioritized)
+    if memory < least:
+        raise UserError(
+            f"replay.memory gives a shard {ByteSize(memory)}, but its capacity of {capacity} transitions needs at least "
+            f"{ByteSize(least)}: raise --replay.memory or lower --replay.capacity"
+        )
+    num_bytes = memory - capacity * _index_bytes_per_item(frame_stack, prioritized)
+    segment = min(_MAX_SEGMENT_BYTES, num_bytes // _MIN_SEGMENTS)
+    return SegmentStore(num_bytes, segment)
+
+
+def _record_bytes(chunk: TransitionChunk) -> int:
+    return int(chunk.plane_offsets.nbytes + chunk.plane_data.nbytes)
