@@ -20,7 +20,7 @@ def layout(network: nn.Module) -> str:
 def flatten(network: nn.Module) -> Array:
     """Returns f32[N], a copy of all parameters in the order of `layout`."""
     with torch.no_grad():
-        flat = torch.nn.utils.parameters_to_vector(network.parameters())
+        flat = torch.cat([parameter.reshape(-1) for parameter in network.parameters()])
     return np.asarray(flat.float().cpu().numpy())
 
 
@@ -34,8 +34,12 @@ def load(network: nn.Module, snapshot: ParamsSnapshot) -> None:
         raise WireError("layout: the parameters are those of another network")
     if len(snapshot.params) != sum(p.numel() for p in network.parameters()):
         raise WireError(f"params: {len(snapshot.params)} numbers do not fill the layout")
+    flat = torch.from_numpy(snapshot.params.copy())
     with torch.no_grad():
-        torch.nn.utils.vector_to_parameters(torch.from_numpy(snapshot.params.copy()), network.parameters())
+        start = 0
+        for parameter in network.parameters():
+            parameter.copy_(flat[start : start + parameter.numel()].view(parameter.shape))
+            start += parameter.numel()
 
 
 def digest(network: nn.Module) -> str:

@@ -7,13 +7,11 @@ out, Ray kills the newest first.
 
 from __future__ import annotations
 
-import os
-import secrets
+import logging
 import shutil
 import tempfile
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -68,7 +66,10 @@ class Supervisor:
         """Runs to the end; Ray is shut down and its files removed whatever happens."""
         temp_dir = tempfile.mkdtemp(prefix="qfleet-")
         try:
-            self._start(temp_dir)
+            try:
+                self._start(temp_dir)
+            except (RunFault, RayError) as error:
+                return Outcome("fault", _one_line(error), None, None)
             return self._supervise()
         finally:
             ray.shutdown()
@@ -77,7 +78,7 @@ class Supervisor:
     def _start(self, temp_dir: str) -> None:
         config = self._config
         start_ray(config, temp_dir)
-        num_cpus = int(ray.cluster_resources()["CPU"])
+        num_cpus = int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
         plan = self._plan = plan_cpus(config, num_cpus)
         self._recorder.event(f"Ray is up on {num_cpus} CPUs; {plan.describe()}")
         group = self._place(plan)
@@ -357,20 +358,13 @@ class Supervisor:
 
 
 def start_ray(config: RunConfig, temp_dir: str) -> None:
-    """Starts a local Ray of its own: loopback, token authentication with a token that is written nowhere, private files."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if os.environ["RAY_AUTH_MODE"] == "token":
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    root = str(Path(__file__).resolve().parent.parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    """Starts a local Ray of its own, with its files in `temp_dir`. Call `ray_environment.prepare` before importing Ray."""
     ray.init(
         address="local",
         include_dashboard=False,
         object_store_memory=int(config.object_store_memory),
         log_to_driver=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
         _temp_dir=temp_dir,
     )
 

@@ -69,6 +69,9 @@ def train(config: RunConfig, path: Path) -> int:
 
             outcome = run_serial(config, spec, run_dir, progress, recorder, stop)
         else:
+            from deploy import ray_environment
+
+            ray_environment.prepare()
             from deploy.supervisor import Supervisor
 
             outcome = Supervisor(config, spec, run_dir, progress, recorder, stop).run()
