@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import ale_py.roms
 import gymnasium
@@ -86,7 +86,9 @@ class AtariEnvironment:
             reward_clipping=False,
         )
         self.num_envs = num_envs
-        self.spec = EnvSpec((84, 84), "|u1", config.frame_stack, int(self._envs.single_action_space.n))
+        self.spec = EnvSpec(
+            (84, 84), "|u1", config.frame_stack, int(cast(gymnasium.spaces.Discrete, self._envs.single_action_space).n)
+        )
         self._ended = np.zeros(num_envs, bool)
         self._frame_number = np.zeros(num_envs, np.int64)
         self._returns = np.zeros(num_envs)

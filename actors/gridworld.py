@@ -61,7 +61,7 @@ def free_cells() -> list[int]:
 
 
 def one_hot(cell: int) -> Array:
-    return np.eye(num_cells(), dtype=np.float32)[cell]
+    return np.asarray(np.eye(num_cells(), dtype=np.float32)[cell])
 
 
 def transition(cell: int, action: int) -> tuple[int, float, bool]:

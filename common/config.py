@@ -292,7 +292,7 @@ class LearnerConfig:
     """The newest checkpoints that stay on disk."""
 
     num_threads: int | None = None
-    """Threads of the learner's arithmetic on a CPU. None: all cores of the machine, 1 in a serial run."""
+    """Threads of the learner's arithmetic on a CPU. None: those that no other role needs, 1 in a serial run."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""

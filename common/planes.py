@@ -22,7 +22,7 @@ def encode_plane(plane: Array, codec: str) -> bytes:
     data = np.ascontiguousarray(plane).data
     if codec == "raw":
         return bytes(data)
-    return lz4.block.compress(data, mode="fast", acceleration=1, store_size=False)
+    return bytes(lz4.block.compress(data, mode="fast", acceleration=1, store_size=False))
 
 
 def join_planes(blocks: list[bytes]) -> tuple[Array, Array]:
@@ -46,7 +46,7 @@ def decode_planes(planes: Planes) -> Array:
         return np.frombuffer(planes.plane_data, np.dtype(planes.plane_dtype)).reshape(shape)
     num_bytes = planes.plane_num_bytes
     out = np.empty((planes.num_planes, num_bytes), np.uint8)
-    data = memoryview(planes.plane_data)
+    data = planes.plane_data.data
     ends = planes.plane_offsets.tolist()
     decompress = lz4.block.decompress
     for index in range(len(ends) - 1):

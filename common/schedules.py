@@ -14,7 +14,7 @@ def linear(count: float, *, initial: float, final: float, num: float) -> float:
 
 def multiplicative(count: float, *, initial: float, final: float, rate: float) -> float:
     """Returns `initial * rate ** count`, never below `final`."""
-    return max(final, initial * rate**count)
+    return max(final, float(initial * rate**count))
 
 
 def ladder(index: int, num: int, *, base: float = 0.4, exponent: float = 7.0) -> float:
@@ -24,4 +24,4 @@ def ladder(index: int, num: int, *, base: float = 0.4, exponent: float = 7.0) ->
     """
     if not 0 <= index < num:
         raise ValueError(f"index must be in [0, {num}), got {index}")
-    return base if num == 1 else base ** (1 + exponent * index / (num - 1))
+    return base if num == 1 else float(base ** (1 + exponent * index / (num - 1)))

@@ -9,6 +9,7 @@ The same bytes go through Ray (as one uint8 array), into the durable log and ont
 from __future__ import annotations
 
 import dataclasses
+import math
 import struct
 import zlib
 from typing import Any, TypeVar
@@ -34,7 +35,7 @@ def pack(message: Message) -> Array:
     """Returns u8[num_bytes], contiguous and owned by the caller."""
     scalars: dict[str, Any] = {}
     shapes: dict[str, Any] = {}
-    buffers: list[tuple[int, bytes | memoryview]] = []
+    buffers: list[tuple[int, Array]] = []
     end = 0
     for field in dataclasses.fields(message):
         value = getattr(message, field.name)
@@ -43,14 +44,14 @@ def pack(message: Message) -> Array:
             continue
         data = np.ascontiguousarray(value, dtype=field.metadata["dtype"])
         shapes[field.name] = [list(data.shape), end]
-        buffers.append((end, data.data.cast("B") if data.size else b""))
+        buffers.append((end, data.reshape(-1).view(np.uint8)))
         end += -(-data.nbytes // _ALIGNMENT) * _ALIGNMENT
     header = msgpack.packb({"scalars": scalars, "arrays": shapes})
     start = _buffers_start(len(header))
     out = np.zeros(start + end, np.uint8)
     out[_PREFIX.size : _PREFIX.size + len(header)] = np.frombuffer(header, np.uint8)
     for offset, data in buffers:
-        out[start + offset : start + offset + len(data)] = np.frombuffer(data, np.uint8)
+        out[start + offset : start + offset + len(data)] = data
     prefix = _PREFIX.pack(MAGIC, FORMAT_VERSION, _KIND_OF[type(message)], len(header), _checksum(out))
     out[: _PREFIX.size] = np.frombuffer(prefix, np.uint8)
     return out
@@ -65,7 +66,7 @@ def unpack(data: Array, cls: type[M]) -> M:
     Raises:
       WireError: naming the field, where anything is not exactly as the class declares it.
     """
-    buffer = memoryview(np.ascontiguousarray(data, dtype=np.uint8)).toreadonly()
+    buffer = np.ascontiguousarray(data, dtype=np.uint8).data.toreadonly()
     header, start = _read_header(buffer, cls)
     values: dict[str, Any] = {}
     dims: dict[str, int] = {}
@@ -119,7 +120,7 @@ def _read_scalar(name: str, metadata: Any, scalars: dict[str, Any]) -> Any:
     if type(value) is not kind:
         raise WireError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
     low, high = metadata["low"], metadata["high"]
-    if kind is float and not np.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise WireError(f"{name}: {value} is not finite")
     if (low is not None and value < low) or (high is not None and value > high):
         raise WireError(f"{name}: {value} is outside [{low}, {high}]")

@@ -111,7 +111,7 @@ class Supervisor:
         """Puts learner and shards on one node where they fit, so that batches move through shared memory."""
         bundles = [{"CPU": plan.learner}, *[{"CPU": plan.shard}] * self._config.replay.num_shards]
         for strategy in ("STRICT_PACK", "PACK"):
-            group = placement_group(bundles, strategy=strategy)
+            group: PlacementGroup = placement_group(bundles, strategy=strategy)
             if group.wait(20):
                 return group
             ray.util.remove_placement_group(group)

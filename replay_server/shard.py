@@ -245,7 +245,7 @@ class ReplayShard:
         record[where] = items["address"][:, None]
         starts = record + self._store.words[unique_words]
         ends = record + self._store.words[unique_words + 1]
-        view = memoryview(self._store.bytes)
+        view = self._store.bytes.data
         blob = b"".join([view[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)])
         offsets = np.zeros(len(starts) + 1, np.uint32)
         np.cumsum(ends - starts, out=offsets[1:])

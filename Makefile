@@ -1,0 +1,37 @@
+# Every target makes .venv when it is missing. RECIPE=cartpole, RUN_DIR=..., ARGS="--seed 1" go to `make train`.
+PYTHON ?= python3
+RECIPE ?= pong
+RUN_DIR ?= runs/$(RECIPE)
+ARGS ?=
+BIN := .venv/bin
+SOURCES := actors common deploy learner replay_server tests benchmarks
+
+.PHONY: train test test-slow lint bench clean
+
+train: .venv/installed
+	$(BIN)/qfleet train $(RECIPE) --run-dir $(RUN_DIR) $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+lint: .venv/installed
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/learner_threads.py
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The constraints also bind what builds the package itself.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qfleet needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch .venv/installed
