@@ -76,10 +76,10 @@ class Evaluator:
         """(epoch, version) of the parameters in use; epoch -1 before the first."""
         return self._params_epoch, self._params_version
 
-    def pull_params(self) -> bool:
-        """Takes the newest parameters; returns whether there are any. Call it again where the store has yet to answer."""
+    def pull_params(self, timeout_seconds: float) -> bool:
+        """Takes the newest parameters, waiting for the store's answer; returns whether there are any."""
         assert self._params is not None, "this evaluator was given its parameters"
-        message = self._params.poll(self._params_epoch, self._params_version)
+        message = self._params.fetch(self._params_epoch, self._params_version, timeout_seconds)
         if message is not None:
             snapshot = wire.unpack(message, ParamsSnapshot)
             params_module.load(self.network, snapshot)
@@ -93,7 +93,7 @@ class Evaluator:
           TimeoutError: where the store had none such in time.
         """
         deadline = time.monotonic() + timeout_seconds
-        while not self.pull_params() or (version is not None and self.params_version < version):
+        while not self.pull_params(timeout_seconds) or (version is not None and self.params_version < version):
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"waited {timeout_seconds:.0f} s for parameters {version}; the newest are {self.params_version}"

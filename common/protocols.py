@@ -79,6 +79,9 @@ class ParamsReader(Protocol):
     def poll(self, epoch: int, version: int) -> Array | None:
         """Returns a packed ParamsSnapshot newer than (epoch, version) if one is at hand. Never blocks."""
 
+    def fetch(self, epoch: int, version: int, timeout_seconds: float) -> Array | None:
+        """Asks now and waits for the answer: a ParamsSnapshot newer than (epoch, version), or None."""
+
 
 class ParamsWriter(Protocol):
     """The learner's way to the params store."""

@@ -64,3 +64,6 @@ class LocalParams:
 
     def poll(self, epoch: int, version: int) -> Array | None:
         return self._store.latest(epoch, version)
+
+    def fetch(self, epoch: int, version: int, timeout_seconds: float) -> Array | None:
+        return self._store.latest(epoch, version)

@@ -177,6 +177,13 @@ class RayParamsReader:
         self._question = self._store.call.remote("latest", epoch, version) if answer is None else None
         return answer
 
+    def fetch(self, epoch: int, version: int, timeout_seconds: float) -> Array | None:
+        try:
+            answer: Array | None = ray.get(self._store.call.remote("latest", epoch, version), timeout=timeout_seconds)
+        except RayError:
+            return None
+        return answer
+
 
 class RayParamsWriter:
     """The learner's way to the params store."""

@@ -68,8 +68,7 @@ def run_serial(
         learner.publish()
         if stopped_by != "interrupted":
             evaluator = roles.make_evaluator(config, spec, params)
-            evaluator.pull_params()
-            evaluator.start(config.evaluation.final_episodes, config.seed)
+            evaluator.begin(config.evaluation.final_episodes, config.seed + 1, (progress.epoch, learner.updates), 0.0)
             while progress.evaluation is None and not stop():
                 progress.evaluation = evaluator.run(1.0)
             evaluator.close()

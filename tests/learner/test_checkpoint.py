@@ -1,0 +1,69 @@
+import os
+
+import msgpack
+import numpy as np
+import pytest
+
+from common.errors import CheckpointError
+from learner import checkpoint as checkpoints
+from learner.checkpoint import Checkpoint
+
+
+def some(value=1.0):
+    tensors = {name: {"w": np.full((2, 3), value, np.float32)} for name in ("online", "target", "optimizer")}
+    return Checkpoint(tensors=tensors, meta={"updates": 7, "nested": {"a": [1, 2]}})
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = checkpoints.write(tmp_path, 7, some(3.0), kept=2)
+    back = checkpoints.read(path)
+    assert back.meta == some().meta
+    np.testing.assert_array_equal(back.tensors["target"]["w"], np.full((2, 3), 3.0))
+    assert checkpoints.read_meta(path) == some().meta
+
+
+def test_only_the_newest_are_kept_in_numeric_order(tmp_path):
+    for updates in (5, 10, 100, 20):
+        checkpoints.write(tmp_path, updates, some(), kept=3)
+    assert [path.name for path in checkpoints.paths(tmp_path)] == ["0000000010", "0000000020", "0000000100"]
+
+
+def test_a_write_that_was_cut_short_is_no_checkpoint_and_is_replaced(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            checkpoints.write(tmp_path, 7, some(), kept=2)
+    assert checkpoints.paths(tmp_path) == []
+    checkpoints.write(tmp_path, 7, some(2.0), kept=2)
+    assert checkpoints.read(checkpoints.paths(tmp_path)[0]).tensors["online"]["w"][0, 0] == 2.0
+
+
+@pytest.mark.parametrize("name", ["online.safetensors", "target.safetensors", "optimizer.safetensors", "manifest.msgpack"])
+@pytest.mark.parametrize("how", ["truncated", "altered", "missing"])
+def test_a_damaged_file_is_named(tmp_path, name, how):
+    path = checkpoints.write(tmp_path, 7, some(), kept=2)
+    file = path / name
+    data = bytearray(file.read_bytes())
+    if how == "missing":
+        file.unlink()
+    elif how == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    else:
+        data[-5] ^= 1
+        file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=name):
+        checkpoints.read(path)
+
+
+def test_a_newer_format_is_refused_with_both_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 2)
+    path = checkpoints.write(tmp_path, 7, some(), kept=2)
+    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 1)
+    with pytest.raises(CheckpointError, match="format 2, but this code reads 1"):
+        checkpoints.read(path)
+
+
+def test_nothing_in_the_manifest_is_pickled(tmp_path):
+    path = checkpoints.write(tmp_path, 7, some(), kept=2)
+    manifest = msgpack.unpackb((path / checkpoints.MANIFEST).read_bytes()[32:])
+    assert set(manifest) == {"format_version", "files", "meta"}
