@@ -131,7 +131,8 @@ class Progress:
         row["actor/num_alive"] = len(self.actors)
         if self.actors:
             row["actor/epsilon_mean"] = _mean([stats.epsilon for stats in self.actors.values()])
-            row["actor/params_lag_updates"] = self.updates - min(stats.params_version for stats in self.actors.values())
+            oldest = min(stats.params_version for stats in self.actors.values())
+            row["actor/params_lag_updates"] = max(self.updates - oldest, 0)  # The learner may have reported longer ago.
             waiting = sum(stats.waiting_seconds for stats in self.actors.values())
             row["actor/waiting_fraction"] = self._rate("actor_waiting", waiting / len(self.actors), seconds)
         if self.returns:

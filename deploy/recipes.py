@@ -33,16 +33,18 @@ def cartpole() -> RunConfig:
         actors=ActorsConfig(
             num_actors=1,
             num_envs=8,
-            n_step=3,
+            n_step=10,
             exploration=ExplorationConfig(kind="linear", final=0.04, decay_steps=10_000),
             chunk_transitions=8,
             pull_period_steps=4,
         ),
-        replay=ReplayConfig(capacity=50_000, memory=ByteSize(GIB // 16), min_size=1_000, samples_per_insert=32.0),
+        # A small replay: with 50,000 transitions it held the pole but drifted off the track until the oldest were evicted.
+        replay=ReplayConfig(capacity=10_000, memory=ByteSize(GIB // 16), min_size=1_000, samples_per_insert=32.0),
         learner=LearnerConfig(
             batch_size=128,
             learning_rate=1e-3,
-            target_period_updates=150,
+            optimizer_epsilon=1e-6,
+            target_period_updates=100,
             publish_period_updates=20,
             num_threads=1,
         ),

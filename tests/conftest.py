@@ -1,0 +1,67 @@
+"""Factories of messages that tests of several folders share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.messages import Array, TransitionChunk
+from common.planes import codec_of, encode_plane, join_planes
+
+
+@pytest.fixture
+def encode_planes() -> Callable[[Array], dict[str, Any]]:
+    """Returns the `Planes` fields of [P, *plane_shape] observations, as a chunk or a batch takes them."""
+
+    def encode(planes: Array, codec: str | None = None) -> dict[str, Any]:
+        codec = codec or codec_of(planes.dtype.str)
+        offsets, data = join_planes([encode_plane(plane, codec) for plane in planes])
+        return {
+            "codec": codec,
+            "plane_dtype": planes.dtype.str,
+            "plane_shape": np.array(planes.shape[1:], np.int32),
+            "plane_offsets": offsets,
+            "plane_data": data,
+        }
+
+    return encode
+
+
+@pytest.fixture
+def make_chunk(encode_planes: Callable[[Array], dict[str, Any]]) -> Callable[..., TransitionChunk]:
+    """Returns a chunk of random content. Its planes are noise, so that no two are alike; any field may be given."""
+
+    def make(
+        rng: np.random.Generator,
+        *,
+        num_transitions: int = 3,
+        num_planes: int = 5,
+        frame_stack: int = 2,
+        plane_shape: tuple[int, ...] = (4, 6),
+        plane_dtype: str = "|u1",
+        num_actions: int = 4,
+        **fields: Any,
+    ) -> TransitionChunk:
+        noise = rng.integers(256, size=(num_planes, *plane_shape))
+        stacks = rng.integers(num_planes, size=(2, num_transitions, frame_stack)).astype(np.uint16)
+        defaults = {
+            "run": "run-a",
+            "actor_slot": int(rng.integers(4)),
+            "incarnation": int(rng.integers(2)),
+            "seq": int(rng.integers(1000)),
+            "num_sent_before": int(rng.integers(1000)),
+            "params_version": int(rng.integers(1 << 40)),
+            "s_tm1": stacks[0],
+            "s_t": stacks[1],
+            "a_tm1": rng.integers(num_actions, size=num_transitions).astype(np.int32),
+            "r_t": rng.normal(size=num_transitions).astype(np.float32),
+            "discount_t": rng.random(num_transitions).astype(np.float32),
+            "priority": rng.integers(1, 10, size=num_transitions).astype(np.float64),
+        }
+        planes = fields.pop("planes", noise.astype(plane_dtype))
+        return TransitionChunk(**encode_planes(planes) | defaults | fields)
+
+    return make
