@@ -16,6 +16,7 @@ from actors.policy import epsilon_greedy
 from common import params as params_module
 from common import schedules, wire
 from common.config import ActorsConfig
+from common.errors import NonFiniteError
 from common.messages import Array, ParamsSnapshot, TransitionChunk
 from common.networks import QNetwork
 from common.planes import codec_of
@@ -154,16 +155,19 @@ class Actor:
         first = self._first.copy()
         bootstraps = self._push_result(result)
         is_transition = ~result.is_first
-        transitions = self._n_step.add(
-            source=source,
-            a_tm1=actions,
-            extra=values[np.arange(len(actions)), actions].astype(np.float64),
-            reward=result.reward,
-            terminated=result.terminated,
-            truncated=result.truncated,
-            destination=source + 1,
-            is_transition=is_transition,
-        )
+        try:
+            transitions = self._n_step.add(
+                source=source,
+                a_tm1=actions,
+                extra=values[np.arange(len(actions)), actions].astype(np.float64),
+                reward=result.reward,
+                terminated=result.terminated,
+                truncated=result.truncated,
+                destination=source + 1,
+                is_transition=is_transition,
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"actor {self._slot}, env step {self._stats.env_steps}: {error}") from error
         self._stats.env_steps += int(is_transition.sum())
         self._pending = (transitions, first, bootstraps)
 

@@ -90,6 +90,9 @@ class EnvConfig:
     """Atari: training sees a lost life as a terminal state; the game goes on. Evaluation never does."""
 
     def __post_init__(self) -> None:
+        atari_id = re.fullmatch(r"ALE/(\w+)-v\d+", self.game)
+        rom = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", atari_id.group(1)).lower() if atari_id else ""
+        _require(not rom, f"env.game {self.game}: Atari games are named as their ROM; did you mean {rom!r}?")
         _require_positive("env", self, "frame_stack", "frame_skip", "max_episode_frames")
         _require_fraction("env", self, "sticky_action_probability")
         _require(self.noop_max >= 0, f"env.noop_max must not be negative, got {self.noop_max}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,12 +146,14 @@ def _parse(kind: type[T], default: T, flags: list[str], program: str) -> T:
 
 def _condense(box: str) -> str:
     """Makes one line of tyro's box: its message, and the nearest flag where it names one."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
-    rules = [i for i, line in enumerate(lines) if line.startswith("─") or not line]
-    message = " ".join(lines[1 : rules[1] if len(rules) > 1 and rules[0] == 0 else None])
-    suggestions = [line.split()[0] for line in lines if line.startswith("--")]
-    near = f": did you mean {suggestions[0]}?" if "Perhaps" in box and suggestions else ""
-    return message.removeprefix("Error parsing ") + near
+    lines = [line.strip("│╭╮╰╯|+ ") for line in box.splitlines()]
+    rules = [i for i, line in enumerate(lines) if not re.search(r"[^─-]", line) or line.startswith(("─", "- ", "--- "))]
+    message = " ".join(lines[rules[0] + 1 : rules[1]]) if len(rules) > 1 else " ".join(lines)
+    message = re.sub(r"^Error parsing ", "", message)
+    message = re.sub(r"^(RunConfig|EvaluateFlags|\w+(?=: \w+\.\w)): ", "", message)
+    suggestions = re.findall(r"^--[a-z][\w.-]*", "\n".join(lines[rules[1] :] if len(rules) > 1 else []), re.MULTILINE)
+    near = f": did you mean {suggestions[0]}" if "Perhaps" in box and suggestions else ""
+    return message.rstrip("?.") + near
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

@@ -5,9 +5,11 @@ A handle is made in the driver, pickled to a worker and used there by one thread
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections import defaultdict, deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
@@ -17,6 +19,13 @@ from common.protocols import InsertReply, SampleReply
 
 _POLL_SECONDS = 0.02
 _AWAY_POLL_SECONDS = 1.0
+
+
+class WorkerAddress(NamedTuple):
+    """Where a worker runs: what `py-spy`, `kill` and a person need."""
+
+    host: str
+    pid: int
 
 
 class Worker:
@@ -29,12 +38,10 @@ class Worker:
     def __init__(self) -> None:
         self._role: Any = None
 
-    def build(self, function: Any, *args: Any) -> int:
-        """Makes the role with an importable function; returns the process id."""
-        import os
-
+    def build(self, function: Any, *args: Any) -> WorkerAddress:
+        """Makes the role with an importable function; returns where it runs."""
         self._role = function(*args)
-        return os.getpid()
+        return WorkerAddress(socket.gethostname(), os.getpid())
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._role, method)(*args)

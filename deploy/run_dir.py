@@ -1,6 +1,6 @@
 """The run directory: who may write there, what the run is, and how it ended.
 
-run.json  metrics.jsonl  events.*  checkpoints/  learning_curve.png  summary.json
+run.json  workers.json  metrics.jsonl  events.*  checkpoints/  learning_curve.png  summary.json
 """
 
 from __future__ import annotations
@@ -70,7 +70,16 @@ def open_run(config: RunConfig, path: Path) -> RunDirectory:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        lock.close()
         raise UserError(f"{path}: another qfleet is running there; stop it first, or choose another --run-dir") from error
+    try:
+        return _open_locked(config, path, lock)
+    except BaseException:
+        lock.close()
+        raise
+
+
+def _open_locked(config: RunConfig, path: Path, lock: TextIO) -> RunDirectory:
     info_path = path / "run.json"
     changed: list[str] = []
     checkpoint: Path | None = None

@@ -25,9 +25,9 @@ from deploy import roles
 from deploy.outcome import Outcome, StopFlag
 from deploy.plan import CpuPlan, plan_cpus
 from deploy.progress import Progress
-from deploy.ray_handles import RayParamsReader, RayParamsWriter, RayReplayReader, RayReplayWriter, Worker
+from deploy.ray_handles import RayParamsReader, RayParamsWriter, RayReplayReader, RayReplayWriter, Worker, WorkerAddress
 from deploy.recorder import Recorder
-from deploy.run_dir import RunDirectory
+from deploy.run_dir import RunDirectory, write_json
 
 _CALL_SECONDS = 1.0  # How long a worker runs before it reports.
 _START_SECONDS = 180.0  # A worker that is not ready by then will not be.
@@ -61,6 +61,7 @@ class Supervisor:
         self._next_evaluation = 0.0
         self._target_reached = False
         self._plan: CpuPlan | None = None
+        self._addresses: dict[str, Any] = {}
 
     def run(self) -> Outcome:
         """Runs to the end; Ray is shut down and its files removed whatever happens."""
@@ -103,7 +104,10 @@ class Supervisor:
         self._start_evaluator()
         for slot in range(config.actors.num_actors):
             self._start_actor(slot)
-        self._answers(built, _START_SECONDS, "learner, shards and store to start")
+        names = [*(f"shard{i}" for i in range(len(self._shards))), "store", "learner"]
+        addresses = self._answers(built, _START_SECONDS, "learner, shards and store to start")
+        for name, address in zip(names, addresses, strict=True):
+            self._note_worker(name, address)
         self._answers([self._learner.call.remote("start")], _ANSWER_SECONDS, "the learner to prefetch")
         self._call_learner()
 
@@ -141,6 +145,11 @@ class Supervisor:
         arguments = (self._config, self._spec, RayParamsReader(self._store))
         self._calls[self._evaluator.build.remote(roles.make_evaluator, *arguments)] = ("evaluator", 0)
         self._evaluating = False
+
+    def _note_worker(self, name: str, address: WorkerAddress) -> None:
+        """Writes workers.json: which process is which."""
+        self._addresses[name] = address._asdict()
+        write_json(self._run_dir.path / "workers.json", self._addresses)
 
     def _call_learner(self) -> None:
         call = self._learner.call.remote("run", _CALL_SECONDS, self._config.max_updates)
@@ -196,7 +205,9 @@ class Supervisor:
             self._on_death(role, index, error)
             return
         if role == "actor":
-            if not isinstance(result, int):  # The first answer is that of `build`, a process id.
+            if isinstance(result, WorkerAddress):  # The answer of `build`.
+                self._note_worker(f"actor{index}", result)
+            else:
                 self._progress.on_actor(result)
             self._calls[self._actors[index].call.remote("run", _CALL_SECONDS)] = ("actor", index)
         elif role == "learner":
@@ -208,7 +219,9 @@ class Supervisor:
     def _on_evaluator(self, result: Any) -> None:
         """Goes on with an evaluation, or begins one where it is time and there are new parameters."""
         evaluator, config = self._evaluator, self._config.evaluation
-        if hasattr(result, "mean_return"):
+        if isinstance(result, WorkerAddress):
+            self._note_worker("evaluator", result)
+        elif result is not None:
             self._evaluating = False
             self._next_evaluation = time.monotonic() + config.period_seconds
             self._take_evaluation(result)
@@ -318,7 +331,7 @@ class Supervisor:
                         self._actors.pop(index)
                         continue
                     raise RunFault(f"the {role} died: {_one_line(error)}") from error
-                if role == "actor" and not isinstance(result, int):
+                if role == "actor" and not isinstance(result, WorkerAddress):
                     self._progress.on_actor(result)
                 elif role == "learner":
                     self._progress.on_learner(result)

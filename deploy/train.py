@@ -47,14 +47,19 @@ def train(config: RunConfig, path: Path) -> int:
     """
     started = time.monotonic()
     spec = probe(config.env)
-    check_memory(config, spec)
     if not config.serial:
         plan_cpus(config, run_dirs.num_cpus())
+    check_memory(config, spec)
+    if config.learner.device == "cuda":
+        from learner.learner import pick_device
+
+        pick_device(config.learner.device)
     run_dir = run_dirs.open_run(config, path)
     progress = Progress(config, run_dir.meta)
     progress.started = started
     budget = progress.stopped_by()
     if budget is not None:
+        run_dir.close()
         print(
             f"{path} has already reached its {budget} ({getattr(config, budget)}): raise --{budget.replace('_', '-')} to go on"
         )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common import params as params_module
 from common import wire
 from common.config import LearnerConfig
-from common.errors import CheckpointError, NonFiniteError
+from common.errors import CheckpointError, NonFiniteError, UserError
 from common.messages import Array, ParamsSnapshot
 from common.networks import QNetwork
 from common.priorities import priority
@@ -251,9 +251,9 @@ class Learner:
 
 
 def pick_device(name: str) -> torch.device:
-    """Returns the device that a setting means; raises ValueError where it asks for a GPU that is not there."""
+    """Returns the device that a setting means; raises UserError where it asks for a GPU that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("learner.device cuda: PyTorch sees no GPU here; use --learner.device auto or cpu")
+        raise UserError("learner.device cuda: PyTorch sees no GPU here; use --learner.device auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -165,6 +165,13 @@ class FakeParams:
     def poll(self, epoch: int, version: int):
         self._tape.append("poll")
         self.asked.append((epoch, version))
+        return self._newer(epoch, version)
+
+    def fetch(self, epoch: int, version: int, timeout_seconds: float):
+        self._tape.append("fetch")
+        return self._newer(epoch, version)
+
+    def _newer(self, epoch: int, version: int):
         held = self.snapshot
         return None if held is None or (held.epoch, held.version) <= (epoch, version) else wire.pack(held)
 

@@ -115,9 +115,7 @@ def values_of(network, stacks):
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.value)
 @pytest.mark.parametrize("n_step", [1, 3])
-def test_path_first_priorities_are_those_of_the_definition(
-    make_rig, scripted, random_script, oracle, rows_of, mode, n_step
-):
+def test_path_first_priorities_are_those_of_the_definition(make_rig, scripted, random_script, oracle, rows_of, mode, n_step):
     """Kills: a truncated end that bootstraps from the next episode's first observation, or not at all; the value of the
     greedy action in place of the one taken; a priority given to the neighbour; the floor forgotten."""
     rng = np.random.default_rng(5)
@@ -137,9 +135,7 @@ def test_path_first_priorities_are_those_of_the_definition(
             for row, priority in zip(rows_of(chunk), chunk.priority.tolist(), strict=True)
         }
         transitions = [t for t, _, _ in pairs]
-        qa_tm1 = values_of(rig.network, [t.s_tm1 for t in transitions])[
-            np.arange(len(pairs)), [t.a_tm1 for t in transitions]
-        ]
+        qa_tm1 = values_of(rig.network, [t.s_tm1 for t in transitions])[np.arange(len(pairs)), [t.a_tm1 for t in transitions]]
         v_t = values_of(rig.network, [t.s_t for t in transitions]).max(axis=1)
         zero = np.zeros_like(env.episodes[0].observations[0])
         v_next = values_of(rig.network, [np.stack([zero, following.observations[0]]) for _, _, following in pairs]).max(axis=1)

@@ -63,9 +63,7 @@ def outs(transitions, env):
     np.testing.assert_array_equal(t.extra, t.source + 0.5)
     np.testing.assert_array_equal(t.env, t.source // 1000)
     mine = np.flatnonzero(t.env == env)
-    return [
-        Out(int(t.source[i]) % 1000, int(t.destination[i]) % 1000, float(t.r_t[i]), float(t.discount_t[i])) for i in mine
-    ]
+    return [Out(int(t.source[i]) % 1000, int(t.destination[i]) % 1000, float(t.r_t[i]), float(t.discount_t[i])) for i in mine]
 
 
 def assert_same(got, expected):

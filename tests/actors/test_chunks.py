@@ -1,0 +1,118 @@
+"""Chunks: every plane encoded once and sent with those it belongs to; old ones are forgotten."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import actors.chunks
+from actors.chunks import ChunkBuilder
+from common.config import EnvSpec
+from common.messages import TransitionChunk
+from common.planes import codec_of
+
+PIXELS = EnvSpec((6, 5), "|u1", 4, 3)
+VECTOR = EnvSpec((3,), "<f4", 1, 3)
+VECTOR_BYTES = 12
+
+
+def plane_of(spec, number):
+    """A plane that names itself; never zero, and too mixed for LZ4 to shrink."""
+    plane = np.random.default_rng(number).integers(1, 256, spec.plane_shape).astype(np.dtype(spec.plane_dtype))
+    plane.flat[:3] = [number % 255 + 1, number // 255 + 1, 7]
+    return plane
+
+
+def chunk_of(spec, fields):
+    chunk = TransitionChunk(
+        run="run",
+        actor_slot=0,
+        incarnation=0,
+        seq=0,
+        num_sent_before=0,
+        params_version=0,
+        codec=codec_of(spec.plane_dtype),
+        plane_dtype=spec.plane_dtype,
+        **fields,
+    )
+    chunk.check_valid()
+    return chunk
+
+
+def fill(builder, spec, numbers):
+    for number in numbers:
+        builder.add_plane(plane_of(spec, number))
+
+
+def test_chunk_stacks_are_zero_before_the_episode_and_never_reach_over_its_start(rows_of):
+    """Kills: a stack that repeats the first plane, one that reaches into the last episode, one that is off by a plane."""
+    builder = ChunkBuilder(PIXELS, history=9)
+    fill(builder, PIXELS, range(12))
+    builder.add_transition(8, 10, 7, 2, (1.5, 0.81, 3.0))  # The episode began at plane 7.
+    ((s_tm1, a_tm1, r_t, discount_t, s_t),) = rows_of(chunk_of(PIXELS, builder.take()))
+    zero = np.zeros((6, 5), np.uint8)
+    np.testing.assert_array_equal(s_tm1, [zero, zero, plane_of(PIXELS, 7), plane_of(PIXELS, 8)])
+    np.testing.assert_array_equal(s_t, [plane_of(PIXELS, n) for n in (7, 8, 9, 10)])
+    assert (a_tm1, r_t) == (2, 1.5)
+    assert discount_t == pytest.approx(0.81)
+
+
+def test_chunk_encodes_and_sends_each_plane_once(monkeypatch):
+    encoded = []
+    encode = actors.chunks.encode_plane
+    monkeypatch.setattr(actors.chunks, "encode_plane", lambda plane, codec: encoded.append(0) or encode(plane, codec))
+    builder = ChunkBuilder(PIXELS, history=9)
+    encoded.clear()  # The zero plane.
+    fill(builder, PIXELS, range(20))
+    for source in range(5, 15):
+        builder.add_transition(source, source + 1, 0, 0, (0.0, 1.0, 1.0))
+    fields = builder.take()
+    assert len(encoded) == 20
+    # Ten transitions of four stacked planes: 8 references each, but only planes 2 to 15 and no zero.
+    assert len(fields["plane_offsets"]) - 1 == 14
+    fill(builder, PIXELS, range(20, 22))
+    builder.add_transition(20, 21, 0, 0, (0.0, 1.0, 1.0))
+    builder.take()
+    assert len(encoded) == 22
+
+
+def test_chunk_num_bytes_counts_what_is_held():
+    builder = ChunkBuilder(VECTOR, history=5)
+    assert builder.num_bytes == 0
+    fill(builder, VECTOR, range(8))
+    assert builder.num_bytes == 8 * VECTOR_BYTES
+    builder.add_transition(6, 7, 0, 0, (0.0, 1.0, 1.0))
+    assert builder.num_transitions == 1
+    fields = builder.take()
+    assert len(fields["plane_data"]) == 2 * VECTOR_BYTES
+    assert (builder.num_bytes, builder.num_transitions) == (5 * VECTOR_BYTES, 0)
+    fill(builder, VECTOR, [8])
+    assert builder.num_bytes == 6 * VECTOR_BYTES
+
+
+def test_chunk_take_keeps_exactly_the_history(rows_of):
+    builder = ChunkBuilder(VECTOR, history=5)
+    fill(builder, VECTOR, range(20))
+    builder.add_transition(18, 19, 0, 0, (0.0, 1.0, 1.0))
+    builder.take()
+    builder.add_transition(15, 19, 0, 1, (0.0, 1.0, 1.0))  # 15 to 19 are the last five.
+    ((s_tm1, a_tm1, _, _, s_t),) = rows_of(chunk_of(VECTOR, builder.take()))
+    np.testing.assert_array_equal([s_tm1[0], s_t[0]], [plane_of(VECTOR, 15), plane_of(VECTOR, 19)])
+    assert a_tm1 == 1
+
+
+@pytest.mark.parametrize("spec", [PIXELS, VECTOR], ids=["pixels", "vector"])
+def test_chunk_long_run_does_not_grow(spec, rows_of):
+    """3000 planes through a builder that takes every seventh: what it holds stays, and what comes out is still right."""
+    history, most = 12, 0
+    builder = ChunkBuilder(spec, history=history)
+    fill(builder, spec, [0])
+    for number in range(1, 3000):
+        fill(builder, spec, [number])
+        builder.add_transition(number - 1, number, 0, 0, (0.0, 1.0, 1.0))
+        most = max(most, builder.num_bytes)
+        if number % 7 == 0:
+            rows = rows_of(chunk_of(spec, builder.take()))
+            np.testing.assert_array_equal(rows[-1][4][-1], plane_of(spec, number))
+    plane_bytes = VECTOR_BYTES if spec is VECTOR else 6 * 5 + 4  # LZ4 of noise is a few bytes longer than the noise.
+    assert most <= (history + 7) * plane_bytes

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from common import params, wire
+from common.config import EnvSpec, NetworkConfig
+from common.errors import WireError
+from common.messages import ParamsSnapshot
+from common.networks import make_network
+
+PIXELS = EnvSpec((84, 84), "|u1", 4, 6)
+CONFIG = NetworkConfig(torso="dqn2013", hidden_sizes=(16,), dueling=True, layer_norm=True)
+
+
+def network_of(seed, *, config=CONFIG, channels_last=False):
+    network = make_network(config, PIXELS, seed)
+    return network.to(memory_format=torch.channels_last) if channels_last else network
+
+
+def snapshot_of(network, **fields):
+    defaults = {"run": "r", "epoch": 0, "version": 1, "layout": params.layout(network), "params": params.flatten(network)}
+    return ParamsSnapshot(**defaults | fields)
+
+
+def same(one, other):
+    return all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("from_last", [False, True], ids=["from_contiguous", "from_channels_last"])
+@pytest.mark.parametrize("to_last", [False, True], ids=["to_contiguous", "to_channels_last"])
+def test_parameters_round_trip_through_the_wire(from_last, to_last):
+    """Kills: the order of memory for the order of the shape, which only channels_last networks tell apart."""
+    source, destination = network_of(1, channels_last=from_last), network_of(2, channels_last=to_last)
+    convolution = destination.torso[0].weight
+    assert convolution.is_contiguous() != to_last
+    assert not same(source, destination)
+    params.load(destination, wire.unpack(wire.pack(snapshot_of(source)), ParamsSnapshot))
+    assert same(source, destination)
+    assert destination.torso[0].weight is convolution  # Optimizers hold the tensor.
+    assert convolution.is_contiguous() != to_last
+    assert params.digest(source) == params.digest(destination)
+
+
+def test_flatten_is_in_the_order_of_layout_and_a_copy():
+    network = make_network(NetworkConfig(hidden_sizes=(2,)), EnvSpec((3,), "<f4", 1, 2), 0)
+    assert (
+        params.layout(network) == "advantage.0.weight(2, 3);advantage.0.bias(2,);advantage.2.weight(2, 2);advantage.2.bias(2,)"
+    )
+    flat = params.flatten(network)
+    assert (flat.dtype, flat.shape) == (np.float32, (2 * 3 + 2 + 2 * 2 + 2,))
+    np.testing.assert_array_equal(flat[:6], network.advantage[0].weight.detach().numpy().reshape(-1))
+    np.testing.assert_array_equal(flat[-2:], network.advantage[2].bias.detach().numpy())
+    with torch.no_grad():
+        network.advantage[0].weight.zero_()
+    assert (flat[:6] != 0).all()
+
+
+def test_load_keeps_no_view_of_the_snapshot():
+    source, destination = network_of(1), network_of(2)
+    snapshot = snapshot_of(source)
+    params.load(destination, snapshot)
+    snapshot.params[:] = 0
+    assert same(source, destination)
+
+
+def test_load_refuses_another_layout_and_writes_nothing():
+    destination, twin = network_of(2), network_of(2)
+    for other in (
+        network_of(1, config=NetworkConfig(torso="dqn2013", hidden_sizes=(16,), dueling=True)),
+        network_of(1, config=NetworkConfig(torso="dqn2013", hidden_sizes=(17,), dueling=True, layer_norm=True)),
+    ):
+        with pytest.raises(WireError, match=r"^layout: "):
+            params.load(destination, snapshot_of(other))
+    assert same(destination, twin)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_load_refuses_a_wrong_count_and_writes_nothing(change):
+    destination, twin = network_of(2), network_of(2)
+    flat = params.flatten(network_of(1))
+    wrong = flat[:-1] if change < 0 else np.append(flat, np.float32(0))
+    with pytest.raises(WireError, match=rf"^params: {len(flat) + change} numbers"):
+        params.load(destination, snapshot_of(destination, params=wrong))
+    assert same(destination, twin)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_load_refuses_a_number_that_is_not_finite_and_writes_nothing(bad):
+    destination, twin = network_of(2), network_of(2)
+    flat = params.flatten(network_of(1))
+    flat[-1] = bad
+    with pytest.raises(WireError, match=r"^params: "):
+        params.load(destination, snapshot_of(destination, params=flat))
+    assert same(destination, twin)
+
+
+def test_digest_changes_with_one_bit_and_with_the_layout():
+    network = network_of(1)
+    digest = params.digest(network)
+    assert len(digest) == 64 and digest == params.digest(network_of(1))
+    bits = network.advantage[0].weight.detach().view(torch.int32)
+    bits[3, 5] ^= 1
+    assert params.digest(network) != digest
+    bits[3, 5] ^= 1
+    assert params.digest(network) == digest
+    one, other = (torch.nn.Linear(num_in, num_out, bias=False) for num_in, num_out in ((2, 3), (3, 2)))
+    with torch.no_grad():
+        one.weight.zero_()
+        other.weight.zero_()
+    assert params.digest(one) != params.digest(other)  # The same numbers in another shape.
+
+
+def test_digest_does_not_depend_on_the_memory_format():
+    assert params.digest(network_of(1)) == params.digest(network_of(1, channels_last=True))

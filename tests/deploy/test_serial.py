@@ -1,0 +1,97 @@
+"""The whole system in one process: repeatable to the bit, continued, and right about where everything went."""
+
+import json
+
+import pytest
+
+from deploy import cli
+from deploy.plots import read_rows
+
+QUIET = ["--log-period-seconds", "1000", "--evaluation.final-episodes", "2"]
+
+
+def train(path, *words):
+    status = cli.main(["train", *words, "--serial", "--run-dir", str(path), *QUIET])
+    return status, json.loads((path / "summary.json").read_text())
+
+
+PONG = ["pong", "--actors.num-envs", "2", "--replay.min-size", "64", "--learner.batch-size", "8", "--max-env-steps", "100"]
+
+
+@pytest.mark.parametrize("recipe", [["cartpole", "--max-updates", "40"], PONG], ids=["cartpole", "pong"])
+def test_serial_run_is_repeatable_to_the_bit(recipe, tmp_path):
+    recipe = [*recipe, "--evaluation.episodes", "1", "--env.max-episode-frames", "400"] if recipe[0] == "pong" else recipe
+    digests = [train(tmp_path / str(i), *recipe)[1]["params_digest"] for i in range(2)]
+    assert digests[0] == digests[1]
+    assert train(tmp_path / "other", *recipe, "--seed", "1")[1]["params_digest"] != digests[0]
+
+
+def test_ledger_and_ratio_hold_over_two_shards_with_priorities(tmp_path):
+    status, summary = train(
+        tmp_path,
+        *["gridworld", "--max-updates", "300", "--replay.num-shards", "2", "--replay.priority-exponent", "0.6"],
+        *["--replay.capacity", "600", "--actors.num-actors", "2", "--replay.min-size", "200"],
+    )
+    ledger = summary["ledger"]
+    assert status == 0 and ledger["balanced"] and ledger["lost"] == {} and ledger["refused"] == 0
+    assert ledger["sent"] == ledger["inserted"] == ledger["resident"] + ledger["evicted"]
+    assert ledger["resident"] <= 600 and ledger["evicted"] > 0
+    row = read_rows(tmp_path)[-1]
+    assert row["shard/sampled_transitions"] == 300 * 64
+    # The ratio of the limiter, within its buffer on either side: 16 a transition after the first 200.
+    assert abs(row["shard/sampled_transitions"] - 16 * (row["shard/inserted_transitions"] - 200)) <= 2 * 16 * 16 * 2 * 4 + 64
+
+
+def test_the_same_command_goes_on_where_it_stopped(tmp_path):
+    _, first = train(tmp_path, "gridworld", "--max-updates", "50")
+    status, second = train(tmp_path, "gridworld", "--max-updates", "80")
+    assert status == 0 and (first["updates"], second["updates"]) == (50, 80)
+    assert second["env_steps"] > first["env_steps"] and second["samples"] == 80 * 64
+    checkpoints = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert checkpoints == ["0000000050", "0000000080"]
+
+
+def test_summary_and_metrics_have_what_scripts_rely_on(tmp_path):
+    _, summary = train(tmp_path, "gridworld", "--max-env-steps", "700", "--seed", "3")
+    assert {"recipe", "env", "seed", "stopped_by", "wall_seconds", "env_steps", "frames", "updates", "params_digest"} <= set(
+        summary
+    )
+    assert set(summary["evaluation"]) >= {"mean_return", "episodes", "returns", "epsilon", "protocol"}
+    assert set(summary["ledger"]) >= {"sent", "inserted", "refused", "lost", "resident", "evicted"}
+    assert (summary["recipe"], summary["env"], summary["seed"]) == ("gridworld", "GridWorld-v0", 3)
+    assert summary["stopped_by"] == "max_env_steps" and 700 <= summary["env_steps"] < 710
+    for row in read_rows(tmp_path):
+        assert all(isinstance(value, (int, float)) for value in row.values())
+        assert all("/" in name or name in ("time_seconds", "env_steps", "frames", "updates", "samples") for name in row)
+    assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+@pytest.fixture
+def nan_reward_env():
+    import gymnasium
+    import numpy as np
+
+    class NanReward(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(0, 1, (2,), np.float32)
+        action_space = gymnasium.spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.steps = 0
+            return np.zeros(2, np.float32), {}
+
+        def step(self, action):
+            self.steps += 1
+            return np.ones(2, np.float32), float("nan") if self.steps == 30 else 1.0, False, False, {}
+
+    gymnasium.register("NanReward-v0", entry_point=lambda **kwargs: NanReward())
+    yield "NanReward-v0"
+    gymnasium.registry.pop("NanReward-v0")
+
+
+def test_a_nan_reward_stops_the_run_with_the_step(nan_reward_env, tmp_path, capsys):
+    status, summary = train(tmp_path, "gridworld", "--env.game", nan_reward_env)
+    assert status == 1 and summary["stopped_by"] == "non_finite"
+    assert "reward nan" in summary["fault"] and "env step 116" in summary["fault"]
+    assert "Traceback" not in capsys.readouterr().err
