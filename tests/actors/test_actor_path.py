@@ -150,11 +150,10 @@ def test_path_first_priorities_are_those_of_the_definition(make_rig, scripted, r
     assert num_compared > 200 and num_told_apart > 10
 
 
-@pytest.mark.parametrize("game", ["breakout", "seaquest"])
-def test_path_atari_life_loss_agrees_with_definition(make_rig, oracle, rows_of, game):
+def test_path_atari_life_loss_agrees_with_definition(make_rig, rows_of):
     """The environment's own record is cut at lost lives by hand; stacks reach back over a lost life, but not over a reset."""
-    frame_stack, n_step, num_steps = 3, 3, 420
-    config = EnvConfig(game=game, frame_stack=frame_stack, life_loss_terminates=True)
+    frame_stack, n_step, num_steps = 3, 3, 330
+    config = EnvConfig(game="breakout", frame_stack=frame_stack, life_loss_terminates=True)
     environment = make_environment(config, 2)
     rig, _ = run_path(
         make_rig,
@@ -195,7 +194,7 @@ def test_path_atari_life_loss_agrees_with_definition(make_rig, oracle, rows_of, 
             num_lives_lost += bool(step.terminated[env])
             mine += flush(window, at_end=at_end)
         expected.append(mine)
-    assert num_lives_lost > num_resets, "the game was too short to tell a lost life from an end"
+    assert num_lives_lost > num_resets > 0, "the games were too short to tell a lost life from an end"
 
     sent = [[] for _ in range(2)]
     for chunk in rig.writer.chunks():

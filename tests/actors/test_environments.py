@@ -42,7 +42,7 @@ def play(config, num_steps, *, seed=0, num_envs=1, num_threads=1, action=None):
     return Record(np.array(planes), *(np.array([getattr(step, name) for step in steps]) for name in names))
 
 
-@pytest.mark.parametrize(("game", "num_steps"), [("breakout", 560), ("seaquest", 450), ("ms_pacman", 460)])
+@pytest.mark.parametrize(("game", "num_steps"), [("breakout", 320), ("seaquest", 420)])
 def test_atari_life_loss_terminates_and_the_game_goes_on(game, num_steps):
     """Kills `episodic_life=True` (resets the game), a reset row told by the number of lives, and a reset row lost."""
     plain = play(EnvConfig(game=game), num_steps)
@@ -62,14 +62,13 @@ def test_atari_life_loss_terminates_and_the_game_goes_on(game, num_steps):
 
 
 def test_atari_points_lost_without_lives_are_no_ends():
-    record = play(EnvConfig(game="pong", life_loss_terminates=True), 200)
-    assert (record.reward < 0).sum() >= 2
+    record = play(EnvConfig(game="pong", life_loss_terminates=True), 100)
+    assert (record.reward < 0).sum() >= 1
     assert not (record.terminated | record.is_first).any()
 
 
-@pytest.mark.parametrize("game", ["seaquest", "ms_pacman"])
-def test_atari_rewards_are_raw_and_returns_are_their_sums(game):
-    record = play(EnvConfig(game=game, max_episode_frames=800, life_loss_terminates=True), 500)
+def test_atari_rewards_are_raw_and_returns_are_their_sums():
+    record = play(EnvConfig(game="ms_pacman", max_episode_frames=400, life_loss_terminates=True), 210)
     assert record.reward.max() >= 10
     totals, total = [], 0.0
     for reward, is_first in zip(record.reward[:, 0], record.is_first[:, 0], strict=True):
@@ -86,7 +85,7 @@ def test_atari_rewards_are_raw_and_returns_are_their_sums(game):
 
 def test_atari_seed_decides_everything():
     config = EnvConfig(game="pong", sticky_action_probability=0.25)
-    record, same, other = (play(config, 60, seed=seed, num_envs=2) for seed in (3, 3, 9))
+    record, same, other = (play(config, 30, seed=seed, num_envs=2) for seed in (3, 3, 9))
     np.testing.assert_array_equal(record.planes, same.planes)
     assert (record.planes != other.planes).any()
     assert (record.planes[:, 0] != record.planes[:, 1]).any()  # Environments differ from one another.
@@ -94,7 +93,7 @@ def test_atari_seed_decides_everything():
 
 def test_atari_number_of_threads_changes_nothing():
     config = EnvConfig(game="breakout")
-    one, two = (play(config, 60, num_envs=3, num_threads=threads) for threads in (1, 2))
+    one, two = (play(config, 30, num_envs=3, num_threads=threads) for threads in (1, 2))
     np.testing.assert_array_equal(one.planes, two.planes)
 
 
@@ -108,8 +107,8 @@ def test_atari_reset_with_a_seed_begins_anew():
 
 
 def test_atari_sticky_actions_repeat_the_last_one():
-    plain = play(EnvConfig(game="pong", noop_max=0), 80)
-    sticky = play(EnvConfig(game="pong", noop_max=0, sticky_action_probability=0.25), 80)
+    plain = play(EnvConfig(game="pong", noop_max=0), 40)
+    sticky = play(EnvConfig(game="pong", noop_max=0, sticky_action_probability=0.25), 40)
     assert (plain.planes != sticky.planes).any()
 
 
@@ -121,14 +120,14 @@ def test_atari_planes_are_the_newest_alone():
     planes, (stacks, _) = environment.reset(3), witness.reset(seed=3)
     assert planes.shape == (2, 84, 84) and planes.dtype == np.uint8
     num_moved = 0
-    for number in range(60):
+    for number in range(40):
         np.testing.assert_array_equal(planes, stacks[:, -1])
         num_moved += (stacks[:, -1] != stacks[:, 0]).any()
         actions = np.full(2, 2 + number // 5 % 2)
         planes, stacks = environment.step(actions).planes, witness.step(actions)[0]
     environment.close()
     witness.close()
-    assert num_moved > 30
+    assert num_moved > 20
 
 
 def test_atari_full_action_set():
@@ -136,15 +135,14 @@ def test_atari_full_action_set():
     assert probe(EnvConfig(game="breakout")).num_actions == 4
 
 
-@pytest.mark.parametrize("life_loss_terminates", [False, True])
-@pytest.mark.parametrize("max_episode_frames", [4, 8, 100])
+@pytest.mark.parametrize(("max_episode_frames", "life_loss_terminates"), [(4, False), (4, True), (100, True)])
 def test_atari_max_episode_frames_truncates(max_episode_frames, life_loss_terminates):
     """Also where an episode is shorter than the no-ops of the next one's start, so that frame counters do not fall."""
     config = EnvConfig(game="pong", max_episode_frames=max_episode_frames, life_loss_terminates=life_loss_terminates)
-    record = play(config, 120, num_envs=2)
+    record = play(config, 60, num_envs=2)
     num_steps = max_episode_frames // 4
     one_episode = [False] * (num_steps - 1) + [True] + [False]  # The last row begins the next one.
-    expected = np.array((one_episode * 120)[:120])
+    expected = np.array((one_episode * 60)[:60])
     np.testing.assert_array_equal(record.truncated, np.stack([expected, expected], axis=1))
     assert not record.terminated.any()
     np.testing.assert_array_equal(record.is_first[1:], record.truncated[:-1])

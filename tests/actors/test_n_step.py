@@ -31,7 +31,7 @@ class Case(NamedTuple):
     name: str
     rows: list[Row]
     expected: list[Out]
-    settings: dict = {}  # noqa: RUF012
+    settings: dict = {}
 
 
 def build(num_envs=1, n_step=3, discount=0.9, reward_clip=None, terminal_reward=None):

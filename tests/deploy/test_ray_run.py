@@ -1,0 +1,125 @@
+"""Whole runs on a local Ray of their own, driven from outside as a user would: kill, interrupt, go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from deploy.plots import read_rows
+
+pytestmark = pytest.mark.ray
+
+COMMAND = [
+    sys.executable,
+    "-m",
+    "deploy",
+    "train",
+    "gridworld",
+    "--log-period-seconds",
+    "1",
+    "--evaluation.final-episodes",
+    "5",
+]
+FLEET = ["--actors.num-actors", "3", "--replay.num-shards", "2", "--actors.num-envs", "2", "--evaluation.period-seconds", "1"]
+
+
+class Run:
+    """A `qfleet train` in a process of its own."""
+
+    def __init__(self, path, *words):
+        self.path = path
+        self.log = path.with_name(f"{time.monotonic_ns()}.log")
+        command = [*COMMAND, *FLEET, "--run-dir", str(path), *words]
+        with self.log.open("w") as log:
+            environment = os.environ | {"RAY_AUTH_MODE": "token"}
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    def wait_for(self, what, condition, seconds=120):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, f"waited {seconds} s for {what}: {self.log.read_text()}"
+            time.sleep(0.2)
+
+    def rows(self):
+        return read_rows(self.path) if (self.path / "metrics.jsonl").exists() else []
+
+    def updates(self):
+        rows = self.rows()
+        return rows[-1]["updates"] if rows else 0
+
+    def workers(self):
+        return json.loads((self.path / "workers.json").read_text())
+
+    def end(self, seconds=90):
+        status = self.process.wait(seconds)
+        summary = json.loads((self.path / "summary.json").read_text())
+        assert "Traceback" not in self.log.read_text()
+        return status, summary
+
+
+@pytest.fixture
+def start(tmp_path):
+    runs = []
+
+    def begin(*words):
+        runs.append(Run(tmp_path / "run", *words))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.kill()
+
+
+def test_a_killed_actor_is_replaced_and_an_interrupted_run_goes_on(start):
+    run = start("--max-updates", "1000000")
+    run.wait_for("updates", lambda: run.updates() > 50)
+    victim = run.workers()["actor1"]["pid"]
+    assert set(run.workers()) == {"learner", "shard0", "shard1", "store", "evaluator", "actor0", "actor1", "actor2"}
+    os.kill(victim, signal.SIGKILL)
+    run.wait_for("a new actor 1", lambda: run.workers()["actor1"]["pid"] != victim)
+    run.wait_for("all three again", lambda: run.rows()[-1]["actor/num_alive"] == 3)
+    after_kill = run.updates()
+    run.wait_for("updates after the kill", lambda: run.updates() > after_kill + 50)
+    run.process.send_signal(signal.SIGINT)
+    status, first = run.end()
+    assert status == 130 and first["stopped_by"] == "interrupted"
+    assert "actor 1 died" in run.log.read_text()
+    _check_ledger(first["ledger"], lost_causes={"actor died"})
+    assert [path.name for path in sorted((run.path / "checkpoints").iterdir())][-1] == f"{first['updates']:010d}"
+
+    again = start("--max-updates", str(first["updates"] + 100))
+    status, second = again.end(150)
+    assert status == 0 and second["stopped_by"] == "max_updates" and second["updates"] == first["updates"] + 100
+    assert second["env_steps"] > first["env_steps"]
+    assert second["evaluation"]["episodes"] == 5 and second["evaluation"]["params_version"] == second["updates"]
+    _check_ledger(second["ledger"], lost_causes=set())
+
+
+def test_a_killed_learner_ends_the_run_with_its_checkpoint_and_one_line(start):
+    run = start("--max-updates", "1000000", "--learner.checkpoint-period-seconds", "2")
+    run.wait_for("a checkpoint", lambda: any((run.path / "checkpoints").glob("0*")))
+    os.kill(run.workers()["learner"]["pid"], signal.SIGKILL)
+    status, summary = run.end()
+    assert status == 1 and summary["stopped_by"] == "fault" and "the learner died" in summary["fault"]
+    assert any((run.path / "checkpoints").glob("0*"))
+
+
+def test_sigterm_writes_a_checkpoint_and_ends_cleanly(start):
+    run = start("--max-updates", "1000000")
+    run.wait_for("updates", lambda: run.updates() > 5)
+    run.process.send_signal(signal.SIGTERM)
+    status, summary = run.end()
+    assert status == 130 and (run.path / "checkpoints" / f"{summary['updates']:010d}").is_dir()
+
+
+def _check_ledger(ledger, lost_causes):
+    assert ledger["balanced"]
+    assert ledger["sent"] == ledger["inserted"] + ledger["refused"] + sum(ledger["lost"].values())
+    assert ledger["inserted"] == ledger["resident"] + ledger["evicted"] > 0
+    assert set(ledger["lost"]) <= lost_causes and ledger["refused"] == 0
