@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from actors.environments import probe
 from common.errors import UserError
 from deploy import roles, run_dir
 from deploy.video import record
+from learner import checkpoint as checkpoints
 
 
 def evaluate(
@@ -22,14 +24,14 @@ def evaluate(
     for out in (json_path, video):
         if out is not None and not out.resolve().parent.is_dir():
             raise UserError(f"{out}: there is no directory {out.resolve().parent}")
-    spec = probe(config.env)
-    evaluator = roles.make_evaluator(config, spec, None)
-    newest, _ = run_dir.newest_checkpoint(path)
+    newest = run_dir.newest_checkpoint_path(path)
     if newest is None:
         raise UserError(f"{path} has no checkpoint yet: let qfleet train run for a minute")
-    _load(evaluator.network, newest)
-    meta = run_dir.newest_checkpoint(path)[1]
-    evaluator.use_version(meta["epoch"], meta["updates"])
+    saved = checkpoints.read(newest)
+    evaluator = roles.make_evaluator(config, probe(config.env), None)
+    arrays = saved.tensors["online"]
+    evaluator.network.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
+    evaluator.use_version(saved.meta["epoch"], saved.meta["updates"])
     seed = config.seed + 1 if seed is None else seed
     evaluator.start(episodes, seed)
     result = None
@@ -46,12 +48,3 @@ def evaluate(
         episode_return = record(config.env, evaluator.network, video, epsilon=config.evaluation.epsilon, seed=seed)
         print(f"{video}: one episode of return {episode_return:g}")
     return 0
-
-
-def _load(network: Any, checkpoint: Path) -> None:
-    import torch
-
-    from learner.checkpoint import read
-
-    arrays = read(checkpoint).tensors["online"]
-    network.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})

@@ -168,7 +168,7 @@ def pong() -> RunConfig:
         learner=LearnerConfig(
             batch_size=64, learning_rate=5e-4, optimizer_epsilon=1.5e-4, target_period_updates=150, publish_period_updates=25
         ),
-        evaluation=EvaluationConfig(episodes=10, final_episodes=10, num_envs=10, period_seconds=60.0, target_return=19.0),
+        evaluation=EvaluationConfig(episodes=10, final_episodes=10, num_envs=10, period_seconds=120.0, target_return=19.0),
         max_minutes=120.0,
     )
 

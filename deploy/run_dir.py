@@ -87,7 +87,8 @@ def _open_locked(config: RunConfig, path: Path, lock: TextIO) -> RunDirectory:
     if info_path.exists():
         info = read_run_json(path)
         changed = _differences(info["config"], config_module.as_dict(config), path)
-        checkpoint, meta = newest_checkpoint(path)
+        checkpoint = newest_checkpoint_path(path)
+        meta = dict(checkpoints.read(checkpoint).meta) if checkpoint else {}
         if meta and meta["run"] != info["run"]:
             raise CheckpointError(f"checkpoint {checkpoint}: it is of another run than {info_path}; move it away")
     else:
@@ -126,10 +127,10 @@ def read_config(path: Path) -> RunConfig:
         raise UserError(f"{path / 'run.json'}: {error}; it was written by another version of qfleet") from error
 
 
-def newest_checkpoint(path: Path) -> tuple[Path | None, dict[str, Any]]:
-    """Returns the newest checkpoint of a run and its plain values, every byte of it checked; (None, {}) where there is none."""
+def newest_checkpoint_path(path: Path) -> Path | None:
+    """Returns where the newest checkpoint of a run is, or None."""
     found = checkpoints.paths(path / "checkpoints")
-    return (found[-1], dict(checkpoints.read(found[-1]).meta)) if found else (None, {})
+    return found[-1] if found else None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

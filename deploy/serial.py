@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from actors.actor import Actor
 from common.config import EnvSpec, RunConfig
 from common.errors import NonFiniteError
 from deploy import roles
@@ -15,6 +16,8 @@ from deploy.params_store import ParamsStore
 from deploy.progress import Progress
 from deploy.recorder import Recorder
 from deploy.run_dir import RunDirectory
+from learner.learner import Learner
+from replay_server.shard import ReplayShard
 
 
 def run_serial(
@@ -76,7 +79,7 @@ def run_serial(
     return Outcome(stopped_by, fault, learner.digest(), progress.ledger.balance(progress.shards))
 
 
-def _collect(progress: Progress, actors: list, learner, shards: list) -> None:  # type: ignore[no-untyped-def,type-arg]
+def _collect(progress: Progress, actors: list[Actor], learner: Learner, shards: list[ReplayShard]) -> None:
     for actor in actors:
         progress.on_actor(actor.stats())
     progress.on_learner(learner.stats())

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -32,11 +32,21 @@ from deploy.run_dir import RunDirectory, write_json
 _CALL_SECONDS = 1.0  # How long a worker runs before it reports.
 _START_SECONDS = 180.0  # A worker that is not ready by then will not be.
 _ANSWER_SECONDS = 30.0  # A call that only reads or writes state.
+_HUNG_SECONDS = 120.0  # A worker that was to report after a second and did not for so long is given up.
 _MAX_DEATHS, _DEATHS_SECONDS = 5, 60.0  # A slot that dies so often within so long is not restarted again.
 
 
 class RunFault(RuntimeError):
     """Something that the run cannot go on from. Its text is one line."""
+
+
+class _Call(NamedTuple):
+    """A call under way."""
+
+    role: str
+    worker_index: int
+    deadline: float
+    """When the worker counts as hung, on the monotonic clock."""
 
 
 class Supervisor:
@@ -50,7 +60,7 @@ class Supervisor:
     ) -> None:
         self._config, self._spec, self._run_dir = config, spec, run_dir
         self._progress, self._recorder, self._stop = progress, recorder, stop
-        self._calls: dict[Any, tuple[str, int]] = {}  # Reference of a call under way: (role, index).
+        self._calls: dict[Any, _Call] = {}  # By reference, those under way.
         self._actors: dict[int, Any] = {}
         self._deaths: dict[tuple[str, int], deque[float]] = {}
         self._shards: list[Any] = []
@@ -137,13 +147,13 @@ class Supervisor:
         params = RayParamsReader(self._store)
         steps = progress.env_steps_of[slot]
         arguments = (config, self._spec, self._run_dir.run, slot, incarnation, steps, replay, params)
-        self._calls[worker.build.remote(roles.make_actor, *arguments)] = ("actor", slot)
+        self._expect(worker.build.remote(roles.make_actor, *arguments), "actor", slot, _START_SECONDS)
 
     def _start_evaluator(self) -> None:
         assert self._plan is not None
         self._evaluator = self._worker(f"evaluator.{time.monotonic_ns()}", self._plan.evaluator)
         arguments = (self._config, self._spec, RayParamsReader(self._store))
-        self._calls[self._evaluator.build.remote(roles.make_evaluator, *arguments)] = ("evaluator", 0)
+        self._expect(self._evaluator.build.remote(roles.make_evaluator, *arguments), "evaluator", 0, _START_SECONDS)
         self._evaluating = False
 
     def _note_worker(self, name: str, address: WorkerAddress) -> None:
@@ -152,8 +162,10 @@ class Supervisor:
         write_json(self._run_dir.path / "workers.json", self._addresses)
 
     def _call_learner(self) -> None:
-        call = self._learner.call.remote("run", _CALL_SECONDS, self._config.max_updates)
-        self._calls[call] = ("learner", 0)
+        self._expect(self._learner.call.remote("run", _CALL_SECONDS, self._config.max_updates), "learner")
+
+    def _expect(self, call: Any, role: str, index: int = 0, seconds: float = _HUNG_SECONDS) -> None:
+        self._calls[call] = _Call(role, index, time.monotonic() + seconds)
 
     def _supervise(self) -> Outcome:
         """The loop, and then the end: drain, checkpoint, last evaluation, ledger."""
@@ -173,6 +185,9 @@ class Supervisor:
                 for call in ready:
                     self._on_answer(call)
                 now = time.monotonic()
+                for call in [call for call, (_, _, deadline) in self._calls.items() if now > deadline]:
+                    role, index, _ = self._calls.pop(call)
+                    self._on_death(role, index, ray.exceptions.GetTimeoutError("it gave no answer: it hangs"))
                 if now >= next_row:
                     next_row = now + config.log_period_seconds
                     self._read_shards()
@@ -198,7 +213,7 @@ class Supervisor:
 
     def _on_answer(self, call: Any) -> None:
         """Takes in what a worker reported and gives it its next call."""
-        role, index = self._calls.pop(call)
+        role, index, _ = self._calls.pop(call)
         try:
             result = ray.get(call, timeout=_ANSWER_SECONDS)
         except RayError as error:
@@ -209,7 +224,7 @@ class Supervisor:
                 self._note_worker(f"actor{index}", result)
             else:
                 self._progress.on_actor(result)
-            self._calls[self._actors[index].call.remote("run", _CALL_SECONDS)] = ("actor", index)
+            self._expect(self._actors[index].call.remote("run", _CALL_SECONDS), "actor", index)
         elif role == "learner":
             self._progress.on_learner(result)
             self._call_learner()
@@ -232,7 +247,7 @@ class Supervisor:
         else:
             self._evaluating = True
             call = evaluator.call.remote("begin", config.episodes, self._config.seed, None, _ANSWER_SECONDS)
-        self._calls[call] = ("evaluator", 0)
+        self._expect(call, "evaluator")
 
     def _take_evaluation(self, result: Any) -> None:
         self._progress.evaluation = result
@@ -282,7 +297,7 @@ class Supervisor:
             if result.mean_return >= target:
                 return "target_return"
         self._call_learner()
-        self._calls[self._evaluator.call.remote("rest", 0.0)] = ("evaluator", 0)
+        self._expect(self._evaluator.call.remote("rest", 0.0), "evaluator")
         return None
 
     def _evaluate_now(self) -> Any:
@@ -317,12 +332,12 @@ class Supervisor:
 
     def _drain_role(self, role: str) -> None:
         deadline = time.monotonic() + _ANSWER_SECONDS
-        while calls := [call for call, (name, _) in self._calls.items() if name == role]:
+        while calls := [call for call, (name, _, _) in self._calls.items() if name == role]:
             ready, _ = ray.wait(calls, num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
             if not ready:
                 raise RunFault(f"waited {_ANSWER_SECONDS:.0f} s for the {role} to come to rest")
             for call in ready:
-                _, index = self._calls.pop(call)
+                _, index, _ = self._calls.pop(call)
                 try:
                     result = ray.get(call, timeout=_ANSWER_SECONDS)
                 except RayError as error:

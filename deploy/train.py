@@ -139,6 +139,6 @@ def _report(path: Path, progress: Progress, outcome: Outcome) -> int:
 def resume(path: Path, overrides: Any) -> int:
     """Continues the run at `path` with its own configuration, changed by `overrides(config)`."""
     config: RunConfig = overrides(run_dirs.read_config(path))
-    if run_dirs.newest_checkpoint(path)[0] is None:
+    if run_dirs.newest_checkpoint_path(path) is None:
         raise UserError(f"{path} has no checkpoint to resume from; start it again with qfleet train {config.recipe}")
     return train(config, path)

@@ -72,11 +72,6 @@ def paths(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if re.fullmatch(r"\d{10}", path.name))
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """Returns the manifest's plain values, checked; raises CheckpointError naming what is wrong."""
-    return dict(_read_manifest(path)["meta"])
-
-
 def read(path: Path) -> Checkpoint:
     """Reads a checkpoint and checks every byte of it.
 

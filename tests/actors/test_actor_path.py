@@ -36,11 +36,11 @@ def make_shard(spec, capacity=5_000):
 
 def assert_rows(got, expected):
     s_tm1, a_tm1, r_t, discount_t, s_t = got
-    np.testing.assert_array_equal(s_tm1, expected.s_tm1)
-    np.testing.assert_array_equal(s_t, expected.s_t)
+    assert np.array_equal(s_tm1, expected.s_tm1)
+    assert np.array_equal(s_t, expected.s_t)
     assert a_tm1 == expected.a_tm1
-    assert r_t == pytest.approx(expected.r_t, rel=1e-6, abs=1e-6)
-    assert discount_t == pytest.approx(expected.discount_t, rel=1e-6)
+    assert abs(r_t - expected.r_t) < 1e-5  # f32 on the wire.
+    assert abs(discount_t - expected.discount_t) < 1e-6
 
 
 def run_path(make_rig, environment, num_steps, **settings):
@@ -63,10 +63,17 @@ def rows_by_env(rig, rows_of, num_envs, env_of):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.value)
-@pytest.mark.parametrize("pixels", [False, True], ids=["vector", "pixels"])
 @pytest.mark.parametrize(
-    ("frame_stack", "n_step", "chunk_transitions", "chunk_bytes"),
-    [(1, 1, 1, 90_000), (1, 3, 7, 90_000), (4, 1, 5, 90_000), (4, 3, 1, 90_000), (4, 5, 64, 400), (2, 7, 16, 90_000)],
+    ("pixels", "frame_stack", "n_step", "chunk_transitions", "chunk_bytes"),
+    [
+        (False, 1, 1, 1, 90_000),
+        (False, 1, 3, 7, 90_000),
+        (True, 4, 1, 5, 90_000),
+        (True, 4, 3, 1, 90_000),
+        (True, 4, 5, 64, 400),
+        (False, 4, 5, 64, 200),
+        (True, 2, 7, 16, 90_000),
+    ],
 )
 def test_path_brings_every_transition_once(
     make_rig, scripted, random_script, oracle, rows_of, mode, pixels, frame_stack, n_step, chunk_transitions, chunk_bytes
@@ -94,11 +101,11 @@ def test_path_brings_every_transition_once(
     # Item i of the shard is the i-th transition sent.
     in_order = [row for chunk in rig.writer.chunks() for row in rows_of(chunk)]
     assert shard.size == len(in_order) == rig.actor.stats().sent
+    columns = [np.stack(column) for column in zip(*in_order, strict=True)]
     for _ in range(8):
         batch = wire.unpack(shard.sample(128).batch, SampleBatch)
-        for item_id, row in zip(batch.item_id.tolist(), rows_of(batch), strict=True):
-            for field, wanted in zip(row, in_order[item_id], strict=True):
-                np.testing.assert_array_equal(field, wanted)
+        for sampled, wanted in zip(zip(*rows_of(batch), strict=True), columns, strict=True):
+            np.testing.assert_array_equal(np.stack(sampled), wanted[batch.item_id])
 
     # The ledger of steps: what the environments logged is what the actor counted.
     assert rig.actor.env_steps == sum(len(episode.actions) for env in envs for episode in env.episodes)

@@ -155,8 +155,6 @@ def test_atari_max_episode_frames_truncates(max_episode_frames, life_loss_termin
         ("Pong", "'pong'"),
         ("pongg", "'pong'"),
         ("MsPacman", "'ms_pacman'"),
-        ("ALE/Pong-v5", "'pong'"),
-        ("ALE/Pongg-v5", "Pong"),
         ("CartPol-v1", "'CartPole-v1'"),
         ("CartPole-v99", "'CartPole-v1'"),
         ("gridworld-v0", "'GridWorld-v0'"),
@@ -164,6 +162,13 @@ def test_atari_max_episode_frames_truncates(max_episode_frames, life_loss_termin
 )
 def test_unknown_game_names_its_nearest(game, nearest):
     with pytest.raises(UserError, match=f"{game}.*{nearest}"):
+        make_environment(EnvConfig(game=game), 1)
+
+
+@pytest.mark.parametrize(("game", "nearest"), [("ALE/Pong-v5", "'pong'"), ("ALE/MsPacman-v5", "'ms_pacman'")])
+def test_atari_game_under_its_gymnasium_name_is_refused_with_the_right_one(game, nearest):
+    """Gymnasium would make it, with whole RGB screens, no frame stack and sticky actions."""
+    with pytest.raises(ValueError, match=f"{game}.*{nearest}"):
         make_environment(EnvConfig(game=game), 1)
 
 

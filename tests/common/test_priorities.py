@@ -16,8 +16,8 @@ def test_priority_is_the_absolute_error_plus_the_floor():
 
 
 def test_importance_weights_by_hand():
-    """N * P = [1, 2, 0.5]: weights [1, 1/2, 2] ** beta over their maximum. Kills: beta on the maximum only; N left out
-    with an unnormalized batch; the minimum for the maximum; the sign of the exponent."""
+    """N * P = [1, 2, 0.5]: weights [1, 1/2, 2] ** beta over their maximum. Kills: beta on the maximum only; the minimum or
+    the sum for the maximum; the sign of the exponent. (The number of items cancels: no test can see it.)"""
     probability = np.array([0.1, 0.2, 0.05])
     full = importance_weights(probability, 10, exponent=1.0)
     assert full.dtype == np.float32
@@ -39,7 +39,7 @@ def test_importance_weights_of_two_shards_merged_by_hand():
     """Shard A: 2 items of priorities 1 and 3, asked for 1 of 4; shard B: 3 items of 1, 1, 6, asked for 3 of 4.
 
     Probability = share * priority / mass: A 1/4 * [1/4, 3/4], B 3/4 * [1/8, 1/8, 6/8]; they sum to 1 over 5 items.
-    Kills: a maximum for each shard; the items of one shard for those of all; the share left out.
+    Kills: a maximum for each shard; the share left out.
     """
     probability = np.array([1 / 4 * 1 / 4, 1 / 4 * 3 / 4, 3 / 4 * 1 / 8, 3 / 4 * 1 / 8, 3 / 4 * 6 / 8])
     assert probability.sum() == 1

@@ -19,7 +19,6 @@ def test_what_is_written_is_read(tmp_path):
     back = checkpoints.read(path)
     assert back.meta == some().meta
     np.testing.assert_array_equal(back.tensors["target"]["w"], np.full((2, 3), 3.0))
-    assert checkpoints.read_meta(path) == some().meta
 
 
 def test_only_the_newest_are_kept_in_numeric_order(tmp_path):
