@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -179,9 +179,8 @@ class Actor:
 
     def stats(self) -> ActorStats:
         """Returns the statistics; the returns in them are handed out once."""
-        self._stats.returns, self._returns = self._returns, []
-        self._stats.lost = self._replay.lost()
-        return self._stats
+        returns, self._returns = self._returns, []
+        return replace(self._stats, returns=returns, lost=self._replay.lost())
 
     def _pull_params(self) -> None:
         message = self._params.poll(self._stats.params_epoch, self._stats.params_version)

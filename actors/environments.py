@@ -64,8 +64,8 @@ class AtariEnvironment:
     """ale-py's C++ vector env, one plane (the newest) a step, raw rewards, autoreset at the next step.
 
     A lost life, where it is a signal, is `life_loss_info`: the game goes on, so the next step is a real one. (`episodic_life`
-    of ale-py would reset the game.) Whether an ended row was reset is read off the episode's frame counter, since some
-    games show zero lives while they still run.
+    of ale-py would reset the game.) Whether a terminated row was reset is read off the episode's frame counter, since some
+    games show zero lives while they still run; a truncated one always is.
     """
 
     def __init__(self, config: EnvConfig, num_envs: int, *, num_threads: int = 1) -> None:
@@ -90,12 +90,14 @@ class AtariEnvironment:
             (84, 84), "|u1", config.frame_stack, int(cast(gymnasium.spaces.Discrete, self._envs.single_action_space).n)
         )
         self._ended = np.zeros(num_envs, bool)
+        self._truncated = np.zeros(num_envs, bool)
         self._frame_number = np.zeros(num_envs, np.int64)
         self._returns = np.zeros(num_envs)
 
     def reset(self, seed: int) -> Array:
         planes, info = self._envs.reset(seed=seed)
         self._ended[:] = False
+        self._truncated[:] = False
         self._returns[:] = 0
         self._frame_number = info["episode_frame_number"].astype(np.int64)
         return np.asarray(planes[:, 0])
@@ -103,10 +105,10 @@ class AtariEnvironment:
     def step(self, actions: Array) -> Step:
         planes, reward, terminated, truncated, info = self._envs.step(np.asarray(actions, np.int64))
         frame_number = info["episode_frame_number"].astype(np.int64)
-        is_first = self._ended & (frame_number <= self._frame_number)
+        is_first = self._ended & (self._truncated | (frame_number <= self._frame_number))
         episode_return = np.where(is_first, self._returns, np.nan)
         self._returns = np.where(is_first, 0.0, self._returns + reward)
-        self._ended, self._frame_number = terminated | truncated, frame_number
+        self._ended, self._truncated, self._frame_number = terminated | truncated, truncated, frame_number
         return Step(planes[:, 0], reward.astype(np.float64), terminated, truncated, is_first, None, episode_return)
 
     def close(self) -> None:
@@ -168,7 +170,8 @@ class GymnasiumEnvironment:
         return final, observations
 
     def _planes(self, observations: Any) -> Array:
-        return np.array(observations, dtype=np.dtype(self.spec.plane_dtype))  # A copy: some environments reuse theirs.
+        planes = np.array(observations, dtype=np.dtype(self.spec.plane_dtype))  # A copy: some environments reuse theirs.
+        return planes.reshape(-1, *self.spec.plane_shape)
 
 
 def make_environment(config: EnvConfig, num_envs: int, *, num_threads: int = 1, render: bool = False) -> VectorEnvironment:
@@ -194,6 +197,9 @@ def make_environment(config: EnvConfig, num_envs: int, *, num_threads: int = 1, 
         raise UserError(f"unknown environment {config.game!r}{_nearest(config.game, list(gymnasium.registry))}") from error
     except gymnasium.error.DependencyNotInstalled as error:
         raise UserError(f"environment {config.game!r} needs a package that is not installed: {error}") from error
+    except gymnasium.error.Error as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"environment {config.game!r} cannot be made: {text}") from error
     return GymnasiumEnvironment(envs, config.frame_stack)
 
 

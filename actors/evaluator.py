@@ -26,7 +26,7 @@ class EvaluationResult:
     mean_return: float
     episodes: int
     returns: list[float]
-    """Raw returns, in the order of the episodes' starts."""
+    """Raw returns, environment by environment."""
     epsilon: float
     protocol: str
     """legacy, machado or custom for Atari, gymnasium else; see `protocol_name`."""
@@ -93,7 +93,9 @@ class Evaluator:
           TimeoutError: where the store had none such in time.
         """
         deadline = time.monotonic() + timeout_seconds
-        while not self.pull_params(timeout_seconds) or (version is not None and self.params_version < version):
+        while not self.pull_params(max(deadline - time.monotonic(), 0.0)) or (
+            version is not None and self.params_version < version
+        ):
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"waited {timeout_seconds:.0f} s for parameters {version}; the newest are {self.params_version}"

@@ -12,7 +12,18 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
 
 
 class ByteSize(int):
@@ -183,7 +194,7 @@ class ActorsConfig:
     exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
 
     chunk_transitions: int = 64
-    """Transitions of one environment sent together; a chunk also ends before it passes chunk_bytes."""
+    """Transitions of one environment sent together; chunk_bytes may end a chunk earlier."""
 
     chunk_bytes: int = 90_000
     """Encoded planes after which a chunk is sent. Ray carries up to 100 KiB inside the call, without its object store."""
@@ -199,6 +210,7 @@ class ActorsConfig:
 
     def __post_init__(self) -> None:
         _require_positive("actors", self, "num_actors", "num_envs", "n_step", "chunk_transitions", "chunk_bytes")
+        _require(self.chunk_bytes <= 100_000, f"actors.chunk_bytes must be at most 100000, got {self.chunk_bytes}")
         _require_positive("actors", self, "max_in_flight_chunks", "pull_period_steps", "env_threads", "reward_clip")
         _require_fraction("actors", self, "discount")
 
@@ -392,6 +404,13 @@ class RunConfig:
             self.network.torso == "mlp" or self.env.is_atari,
             f"network.torso {self.network.torso} needs an Atari game; for {self.env.game} use --network.torso mlp",
         )
+        share = self.replay.capacity // self.replay.num_shards
+        longest = self.actors.chunk_transitions + self.actors.n_step
+        _require(
+            share >= longest,
+            f"replay.capacity gives each shard {share} transitions, but a chunk has up to {longest}: raise --replay.capacity, or "
+            f"lower --actors.chunk-transitions or --replay.num-shards",
+        )
         given, needed = self.replay.limiter_buffer_samples, self.min_limiter_buffer_samples
         _require(
             given is None or given >= needed,
@@ -464,6 +483,9 @@ def from_dict(values: dict[str, object]) -> RunConfig:
                 arguments[name] = ByteSize(value)
             else:
                 arguments[name] = tuple(value) if isinstance(value, list) else value
+        for f in dataclasses.fields(cls):
+            has_default = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+            _require(f.name in arguments or has_default, f"{where}{f.name}: missing")
         return cls(**arguments)
 
     result = build(RunConfig, values, "")

@@ -20,6 +20,8 @@ from common.errors import WireError
 Array = npt.NDArray[Any]
 
 CODECS = ("lz4", "raw")
+MAX_PRIORITY = 1e40  # Above any float32 TD error; sums of these stay far from overflow.
+MAX_CHUNK_BYTES = 1 << 26  # Of a chunk's planes when decoded: tiny blocks may stand for much memory.
 MAX_PLANE_BYTES = 1 << 24  # A plane of 4096 x 4096 bytes: no game's observation is larger.
 
 
@@ -100,7 +102,7 @@ class TransitionChunk(Planes):
     a_tm1: Array = array("<i4", "T", low=0)
     r_t: Array = array("<f4", "T")
     discount_t: Array = array("<f4", "T", low=0.0, high=1.0)
-    priority: Array = array("<f8", "T", low=0.0)
+    priority: Array = array("<f8", "T", low=0.0, high=MAX_PRIORITY)
 
     @property
     def num_transitions(self) -> int:
@@ -110,6 +112,8 @@ class TransitionChunk(Planes):
         self.check_planes()
         if not self.num_transitions or not self.s_tm1.shape[1]:
             raise WireError("s_tm1: a chunk holds at least one transition of at least one plane")
+        if self.num_planes * self.plane_num_bytes > MAX_CHUNK_BYTES:
+            raise WireError(f"plane_offsets: {self.num_planes} planes of {self.plane_num_bytes} bytes decode to too much")
         check_references("s_tm1", self.s_tm1, self.num_planes)
         check_references("s_t", self.s_t, self.num_planes)
 
@@ -147,7 +151,7 @@ class PriorityUpdate:
     shard_index: int = scalar(int, low=0)
     shard_epoch: int = scalar(int, low=0)
     item_id: Array = array("<i8", "B", low=0)
-    priority: Array = array("<f8", "B", low=0.0)
+    priority: Array = array("<f8", "B", low=0.0, high=MAX_PRIORITY)
 
     def check_valid(self) -> None:
         pass

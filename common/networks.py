@@ -56,7 +56,7 @@ class QNetwork(nn.Module):
           dtype: what the first layer computes in.
         """
         scaled = observations.to(dtype)
-        return scaled.mul_(self._scale) if self._scale != 1.0 else scaled
+        return scaled if self._scale == 1.0 else scaled * self._scale
 
     def values(self, prepared: Tensor) -> Tensor:
         """Returns f32[B, A] for what `prepare` made."""

@@ -34,6 +34,8 @@ def load(network: nn.Module, snapshot: ParamsSnapshot) -> None:
         raise WireError("layout: the parameters are those of another network")
     if len(snapshot.params) != sum(p.numel() for p in network.parameters()):
         raise WireError(f"params: {len(snapshot.params)} numbers do not fill the layout")
+    if not np.isfinite(snapshot.params).all():
+        raise WireError("params: hold NaN or infinity")
     flat = torch.from_numpy(snapshot.params.copy())
     with torch.no_grad():
         start = 0

@@ -25,7 +25,7 @@ def importance_weights(probability: Array, num_items: int, *, exponent: float) -
 
     Args:
       probability: f64[B] in (0, 1], of the merged batch.
-      num_items: items of all shards.
+      num_items: items of all shards. It cancels in the normalization, and stands here as in the paper's formula.
       exponent: beta, 0 no correction, 1 full correction.
 
     Returns:

@@ -27,6 +27,7 @@ _ALIGNMENT = 8
 _KINDS: dict[int, type[Any]] = {1: TransitionChunk, 2: SampleBatch, 3: PriorityUpdate, 4: ParamsSnapshot}
 _KIND_OF = {cls: kind for kind, cls in _KINDS.items()}
 _MAX_HEADER_BYTES = 1 << 20
+_MAX_INT = (1 << 63) - 1
 
 M = TypeVar("M", bound=Message)
 
@@ -70,11 +71,13 @@ def unpack(data: Array, cls: type[M]) -> M:
     header, start = _read_header(buffer, cls)
     values: dict[str, Any] = {}
     dims: dict[str, int] = {}
+    end = 0
     for field in dataclasses.fields(cls):
         if "kind" in field.metadata:
             values[field.name] = _read_scalar(field.name, field.metadata, header["scalars"])
         else:
-            values[field.name] = _read_array(field.name, field.metadata, header["arrays"], buffer[start:], dims)
+            values[field.name] = _read_array(field.name, field.metadata, header["arrays"], buffer[start:], dims, end)
+            end += -(-values[field.name].nbytes // _ALIGNMENT) * _ALIGNMENT
     unknown = (set(header["scalars"]) | set(header["arrays"])) - set(values)
     if unknown:
         raise WireError(f"header: unknown field {sorted(map(str, unknown))[0]!r}")
@@ -110,6 +113,8 @@ def _read_header(buffer: memoryview, cls: type[Any]) -> tuple[dict[str, Any], in
         header = msgpack.unpackb(buffer[_PREFIX.size : _PREFIX.size + header_bytes], strict_map_key=True)
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
         raise WireError(f"header: not msgpack ({type(error).__name__})") from error
+    if isinstance(header, dict) and (strange := set(header) - {"scalars", "arrays"}):
+        raise WireError(f"header: unknown part {sorted(map(str, strange))[0]!r}")
     if not isinstance(header, dict) or not all(isinstance(header.get(part), dict) for part in ("scalars", "arrays")):
         raise WireError("header: must hold scalars and arrays")
     return header, _buffers_start(header_bytes)
@@ -120,6 +125,8 @@ def _read_scalar(name: str, metadata: Any, scalars: dict[str, Any]) -> Any:
     if type(value) is not kind:
         raise WireError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
     low, high = metadata["low"], metadata["high"]
+    if kind is int and high is None:
+        high = _MAX_INT
     if isinstance(value, float) and not math.isfinite(value):
         raise WireError(f"{name}: {value} is not finite")
     if (low is not None and value < low) or (high is not None and value > high):
@@ -127,7 +134,9 @@ def _read_scalar(name: str, metadata: Any, scalars: dict[str, Any]) -> Any:
     return value
 
 
-def _read_array(name: str, metadata: Any, arrays: dict[str, Any], buffers: memoryview, dims: dict[str, int]) -> Array:
+def _read_array(
+    name: str, metadata: Any, arrays: dict[str, Any], buffers: memoryview, dims: dict[str, int], expected: int
+) -> Array:
     entry = arrays.get(name)
     if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list)):
         raise WireError(f"{name}: missing")
@@ -139,6 +148,8 @@ def _read_array(name: str, metadata: Any, arrays: dict[str, Any], buffers: memor
     for dim, length in zip(metadata["dims"], shape, strict=True):
         if dims.setdefault(dim, length) != length:
             raise WireError(f"{name}: dimension {dim} is {length}, elsewhere {dims[dim]}")
+    if offset != expected:
+        raise WireError(f"{name}: offset {offset}, expected {expected}")
     dtype = np.dtype(metadata["dtype"])
     count = 1
     for length in shape:

@@ -82,6 +82,7 @@ class ReplayShard:
         self._num_stale_priority_updates = 0
         self._num_priority_updates = 0
         self._last_refusal: str | None = None
+        self._starves = False  # Whether the budget evicted items before there were enough to sample.
         self._senders: dict[tuple[int, int], SenderCount] = defaultdict(SenderCount)
 
     @property
@@ -115,7 +116,7 @@ class ReplayShard:
 
     def sample(self, num_items: int) -> SampleReply:
         """Draws items with replacement, by priority or uniformly, where the limiter allows it."""
-        waits_for = self._named(self._limiter.may_sample(num_items, self.size))
+        waits_for = self._may_sample(num_items)
         if waits_for is None and self._tree is not None and self._tree.total() <= 0:
             waits_for = self._named("the learner waits for a transition whose priority is not zero")
         if waits_for is not None:
@@ -160,7 +161,7 @@ class ReplayShard:
             "num_stale_priority_updates": self._num_stale_priority_updates,
             "used_bytes": self._store.used_bytes()
             + size * _index_bytes_per_item(self._spec.frame_stack, self._tree is not None),
-            "waits_for": [w for w in (self.may_insert(), self._named(self._limiter.may_sample(1, size))) if w],
+            "waits_for": [w for w in (self.may_insert(), self._may_sample(1)) if w],
             "senders": [[slot, incarnation, asdict(count)] for (slot, incarnation), count in self._senders.items()],
         }
 
@@ -172,6 +173,12 @@ class ReplayShard:
             slots = np.arange(self._oldest_item_id, self._next_item_id) % self._capacity
             gone = np.setdiff1d(np.arange(self._capacity), slots)
             assert (self._tree.values[gone] == 0).all()
+
+    def _may_sample(self, num_items: int) -> str | None:
+        waits_for = self._limiter.may_sample(num_items, self.size)
+        if waits_for is not None and self._starves and self.size < self._limiter.min_size:
+            waits_for += ", which its memory cannot hold: raise --replay.memory or lower --replay.min-size"
+        return self._named(waits_for)
 
     def _named(self, waits_for: str | None) -> str | None:
         return waits_for and f"shard {self._shard_index}: {waits_for}"
@@ -199,6 +206,7 @@ class ReplayShard:
         first, end = self._next_item_id, self._next_item_id + chunk.num_transitions
         self._evict_before(end - self._capacity)
         while (address := self._store.allocate(_record_bytes(chunk), end)) is None:
+            self._starves |= self.size < self._limiter.min_size
             self._evict_before(self._store.oldest_segment_end())
         table_bytes = chunk.plane_offsets.nbytes
         words = self._store.words[address // 4 : (address + table_bytes) // 4]

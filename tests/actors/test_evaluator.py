@@ -82,16 +82,18 @@ def test_evaluator_run_stops_at_its_time_and_goes_on(make_evaluator):
     assert evaluator.run(60.0).returns == [30.0]
 
 
-def test_evaluator_stack_begins_with_zeros_and_grows(make_evaluator):
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
+def test_evaluator_stack_begins_with_zeros_and_grows(make_evaluator, mode):
     """The network must see in evaluation what it saw in training: also over an autoreset."""
     seen = []
-    evaluator, envs = make_evaluator([[([1.0, 1.0], "terminated")]], frame_stack=3)
+    evaluator, envs = make_evaluator([[([1.0, 1.0], "terminated")]], frame_stack=3, mode=mode)
     evaluator.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].numpy().copy()))
     finish(evaluator, episodes=2, seed=0)
-    (env,) = envs
-    first, second = ([np.asarray(o) for o in episode.observations] for episode in env.episodes[:2])
+    first, second = (episode.observations for episode in envs[0].episodes[:2])
     zero = np.zeros_like(first[0])
-    expected = [[zero, zero, first[0]], [zero, first[0], first[1]], first, [zero, zero, second[0]], [zero, *second[:2]]]
+    expected = [[zero, zero, first[0]], [zero, first[0], first[1]]]
+    expected += [first] if mode == "NextStep" else []  # There the last observation waits for the reset.
+    expected += [[zero, zero, second[0]], [zero, second[0], second[1]]]
     np.testing.assert_array_equal([stack[0] for stack in seen], expected)
 
 
