@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-StopFlag = Callable[[], bool]
-"""Returns whether someone asked the run to end."""
 
 
 @dataclass(frozen=True, slots=True)

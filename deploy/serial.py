@@ -11,17 +11,18 @@ from common.config import EnvSpec, RunConfig
 from common.errors import NonFiniteError
 from deploy import roles
 from deploy.local_handles import LocalParams, LocalReplayReader, LocalReplayWriter
-from deploy.outcome import Outcome, StopFlag
+from deploy.outcome import Outcome
 from deploy.params_store import ParamsStore
 from deploy.progress import Progress
 from deploy.recorder import Recorder
 from deploy.run_dir import RunDirectory
+from deploy.stop_signal import StopSignal
 from learner.learner import Learner
 from replay_server.shard import ReplayShard
 
 
 def run_serial(
-    config: RunConfig, spec: EnvSpec, run_dir: RunDirectory, progress: Progress, recorder: Recorder, stop: StopFlag
+    config: RunConfig, spec: EnvSpec, run_dir: RunDirectory, progress: Progress, recorder: Recorder, stop: StopSignal
 ) -> Outcome:
     """Steps every actor once, then updates as often as the limiter allows, until a budget is used up."""
     torch.use_deterministic_algorithms(True)

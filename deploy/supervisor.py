@@ -22,12 +22,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from common.config import EnvSpec, RunConfig
 from common.errors import NonFiniteError, UserError
 from deploy import roles
-from deploy.outcome import Outcome, StopFlag
+from deploy.outcome import Outcome
 from deploy.plan import CpuPlan, plan_cpus
 from deploy.progress import Progress
 from deploy.ray_handles import RayParamsReader, RayParamsWriter, RayReplayReader, RayReplayWriter, Worker, WorkerAddress
 from deploy.recorder import Recorder
 from deploy.run_dir import RunDirectory, write_json
+from deploy.stop_signal import StopSignal
 
 _CALL_SECONDS = 1.0  # How long a worker runs before it reports.
 _START_SECONDS = 180.0  # A worker that is not ready by then will not be.
@@ -56,7 +57,7 @@ class Supervisor:
     """
 
     def __init__(
-        self, config: RunConfig, spec: EnvSpec, run_dir: RunDirectory, progress: Progress, recorder: Recorder, stop: StopFlag
+        self, config: RunConfig, spec: EnvSpec, run_dir: RunDirectory, progress: Progress, recorder: Recorder, stop: StopSignal
     ) -> None:
         self._config, self._spec, self._run_dir = config, spec, run_dir
         self._progress, self._recorder, self._stop = progress, recorder, stop
@@ -89,6 +90,7 @@ class Supervisor:
     def _start(self, temp_dir: str) -> None:
         config = self._config
         start_ray(config, temp_dir)
+        self._stop.install()
         num_cpus = int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
         plan = self._plan = plan_cpus(config, num_cpus)
         self._recorder.event(f"Ray is up on {num_cpus} CPUs; {plan.describe()}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from actors.environments import probe
@@ -17,25 +15,9 @@ from deploy.plan import check_memory, plan_cpus
 from deploy.plots import draw_learning_curve
 from deploy.progress import Progress
 from deploy.recorder import Recorder
+from deploy.stop_signal import StopSignal
 
 EXIT_DONE, EXIT_FAULT, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
-
-
-class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a flag that the run reads; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def __call__(self) -> bool:
-        return self._asked
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
 
 
 def train(config: RunConfig, path: Path) -> int:
