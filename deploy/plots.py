@@ -30,14 +30,14 @@ def draw_learning_curve(run_dirs: Sequence[Path], out: Path) -> None:
     for path in run_dirs:
         rows = read_rows(path)
         prefix = f"{path.name} " if len(run_dirs) > 1 else ""
-        for name, label, style in (
-            ("evaluator/return_mean", "greedy evaluation", {"marker": ".", "drawstyle": "default"}),
-            ("actor/training_return_mean", "training (mean of last 20 episodes)", {"alpha": 0.5}),
+        for name, seconds, steps, label, style in (
+            ("evaluator/return_mean", "evaluator/began_seconds", "evaluator/began_env_steps", "evaluation", {"marker": "o"}),
+            ("actor/training_return_mean", "time_seconds", "env_steps", "training, mean of 20 episodes", {"alpha": 0.5}),
         ):
             kept = [row for row in rows if name in row]
             values = [row[name] for row in kept]
-            axes[0].plot([row["time_seconds"] / 60 for row in kept], values, label=prefix + label, **style)
-            axes[1].plot([row["env_steps"] for row in kept], values, label=prefix + label, **style)
+            axes[0].plot([row[seconds] / 60 for row in kept], values, label=prefix + label, **style)
+            axes[1].plot([row[steps] for row in kept], values, label=prefix + label, **style)
     axes[0].set(xlabel="wall-clock minutes", ylabel="raw return of an episode")
     axes[1].set(xlabel="env steps")
     for axis in axes:

@@ -49,8 +49,9 @@ class Progress:
         self.evaluation: EvaluationResult | None = None
         self.returns: deque[float] = deque(maxlen=_RECENT_EPISODES)
         self.events: deque[str] = deque(maxlen=4)
+        self._evaluation_is_new = False
+        self._evaluation_began = (0.0, 0)
         self._previous: dict[str, float] = {}
-        self._waiting: dict[int, float] = {}
 
     @property
     def env_steps(self) -> int:
@@ -89,6 +90,14 @@ class Progress:
     def on_learner(self, stats: LearnerStats) -> None:
         self.learner = stats
         self.updates, self.samples = stats.updates, stats.samples
+
+    def on_evaluation_begins(self) -> None:
+        self._evaluation_began = (self.earlier_seconds + self.wall_seconds, self.env_steps)
+
+    def on_evaluation(self, result: EvaluationResult) -> None:
+        """Takes a result; the next row has it, and says when its parameters were taken."""
+        self.evaluation = result
+        self._evaluation_is_new = True
 
     def stopped_by(self) -> str | None:
         """Returns the budget that is used up, or None."""
@@ -138,9 +147,11 @@ class Progress:
         if self.returns:
             row["actor/training_return_mean"] = _mean(list(self.returns))
         row |= self._learner_row(seconds) | self._shard_row()
-        if self.evaluation is not None:
+        if self.evaluation is not None and self._evaluation_is_new:
+            self._evaluation_is_new = False
             row["evaluator/return_mean"] = self.evaluation.mean_return
             row["evaluator/params_version"] = self.evaluation.params_version
+            row["evaluator/began_seconds"], row["evaluator/began_env_steps"] = self._evaluation_began
         self._previous["seconds"] = seconds
         return {name: value for name, value in row.items() if value is not None and not _is_nan(value)}
 

@@ -62,7 +62,7 @@ class Recorder:
             _clock(self._progress.wall_seconds),
             f"steps {row['env_steps']:,} ({row.get('actor/env_steps_per_second', 0):,.0f}/s)",
             f"updates {row['updates']:,} ({row.get('learner/updates_per_second', 0):,.1f}/s)",
-            f"eval {_return(row.get('evaluator/return_mean'))}",
+            f"eval {self._evaluated()}",
             f"train {_return(row.get('actor/training_return_mean'))}",
             f"eps {row.get('actor/epsilon_mean', 1.0):.2f}",
             f"samples/insert {row.get('shard/samples_per_insert', 0.0):.2f}",
@@ -70,6 +70,10 @@ class Recorder:
             f"replay {row.get('shard/size_transitions', 0):,} in {ByteSize(row.get('shard/used_bytes', 0))}",
         ]
         return "  ".join(parts) + "".join(f"  [{sentence}]" for sentence in self._progress.waits()[:1])
+
+    def _evaluated(self) -> str:
+        evaluation = self._progress.evaluation
+        return _return(evaluation.mean_return if evaluation else None)
 
     def _render(self) -> RenderableType:
         progress, row = self._progress, self._row
@@ -85,7 +89,7 @@ class Recorder:
         table = Table.grid(padding=(0, 3))
         table.add_row(
             "greedy evaluation",
-            _return(row.get("evaluator/return_mean")),
+            self._evaluated(),
             "training return",
             _return(row.get("actor/training_return_mean")),
         )

@@ -73,8 +73,11 @@ def run_serial(
         if stopped_by != "interrupted":
             evaluator = roles.make_evaluator(config, spec, params)
             evaluator.begin(config.evaluation.final_episodes, config.seed + 1, (progress.epoch, learner.updates), 0.0)
-            while progress.evaluation is None and not stop():
-                progress.evaluation = evaluator.run(1.0)
+            progress.on_evaluation_begins()
+            while (result := evaluator.run(1.0)) is None and not stop():
+                pass
+            if result is not None:
+                progress.on_evaluation(result)
             evaluator.close()
     recorder.row()
     return Outcome(stopped_by, fault, learner.digest(), progress.ledger.balance(progress.shards))

@@ -248,11 +248,12 @@ class Supervisor:
             call = evaluator.call.remote("rest", _CALL_SECONDS)
         else:
             self._evaluating = True
+            self._progress.on_evaluation_begins()
             call = evaluator.call.remote("begin", config.episodes, self._config.seed, None, _ANSWER_SECONDS)
         self._expect(call, "evaluator")
 
     def _take_evaluation(self, result: Any) -> None:
-        self._progress.evaluation = result
+        self._progress.on_evaluation(result)
         self._recorder.event(
             f"evaluation of version {result.params_version}: mean return {result.mean_return:.1f} over {result.episodes} episodes "
             f"({result.seconds:.0f} s)"
@@ -291,7 +292,7 @@ class Supervisor:
         target = self._config.evaluation.target_return
         assert target is not None
         if result is not None:
-            self._progress.evaluation = result
+            self._progress.on_evaluation(result)
             held = "holds" if result.mean_return >= target else "does not hold: training goes on"
             self._recorder.event(
                 f"{result.episodes} episodes of the paused learner: {result.mean_return:.1f}; the target {held}"
@@ -308,6 +309,7 @@ class Supervisor:
         self._answers([self._learner.call.remote("publish")], _ANSWER_SECONDS, "the learner to publish")
         config = self._config
         version = (self._progress.epoch, self._progress.updates)
+        self._progress.on_evaluation_begins()
         begin = self._evaluator.call.remote(
             "begin", config.evaluation.final_episodes, config.seed + 1, version, _ANSWER_SECONDS
         )
