@@ -1,7 +1,8 @@
-# Every target makes .venv when it is missing. RECIPE=cartpole, RUN_DIR=..., ARGS="--seed 1" go to `make train`.
+# Every target makes .venv when it is missing. RECIPE=cartpole, RUN_DIR=..., ARGS="--seed 1" go to `make train`; without RUN_DIR the
+# run is in runs/RECIPE, and with the game and the seed in its name where they are not the recipe's.
 PYTHON ?= python3
 RECIPE ?= pong
-RUN_DIR ?= runs/$(RECIPE)
+RUN_DIR ?=
 ARGS ?=
 BIN := .venv/bin
 SOURCES := actors common deploy learner replay_server tests benchmarks
@@ -9,7 +10,7 @@ SOURCES := actors common deploy learner replay_server tests benchmarks
 .PHONY: train test test-slow lint bench clean
 
 train: .venv/installed
-	$(BIN)/qfleet train $(RECIPE) --run-dir $(RUN_DIR) $(ARGS)
+	$(BIN)/qfleet train $(RECIPE) $(if $(RUN_DIR),--run-dir $(RUN_DIR)) $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest

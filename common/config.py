@@ -379,7 +379,8 @@ class RunConfig:
     """The whole system in one process and one thread: the same seed gives the same bits."""
 
     max_minutes: float | None = None
-    """Wall-clock minutes of this command, start-up and final evaluation included, after which it ends. None: no limit."""
+    """Wall-clock minutes of this command, start-up included, and the final evaluation as far as the last one tells how long it
+    takes. None: no limit."""
 
     max_updates: int | None = None
     """Updates, over all commands on this run directory, after which it ends. None: no limit."""
@@ -430,11 +431,6 @@ class RunConfig:
             return self.replay.limiter_buffer_samples
         in_flight = self.actors.num_actors * self.actors.max_in_flight_chunks * self.actors.chunk_transitions
         return max(self.min_limiter_buffer_samples, math.ceil((self.replay.samples_per_insert or 0.0) * in_flight))
-
-    @property
-    def num_env_slots(self) -> int:
-        """Environments of the whole fleet."""
-        return self.actors.num_actors * self.actors.num_envs
 
 
 def as_dict(config: object) -> dict[str, object]:

@@ -31,5 +31,5 @@ def importance_weights(probability: Array, num_items: int, *, exponent: float) -
     Returns:
       f32[B] in (0, 1].
     """
-    weights = (num_items * probability) ** -exponent
-    return np.asarray(weights / weights.max(), dtype=np.float32)
+    correction = (num_items * probability) ** -exponent
+    return np.asarray(correction / correction.max(), dtype=np.float32)

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qfleet: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("qfleet: ended at once; the last checkpoint is kept", file=sys.stderr)
+        print("qfleet: ended at once, without a last checkpoint; those written before are kept", file=sys.stderr)
         return 130
 
 
@@ -128,7 +128,7 @@ def _dispatch(words: list[str]) -> int:
 def _run_config(default: RunConfig, flags: list[str], program: str) -> RunConfig:
     config = _parse(RunConfig, default, flags, program)
     if config.recipe != default.recipe:
-        raise UserError(f"--recipe names the recipe and cannot be set; use qfleet train {config.recipe}")
+        raise UserError("--recipe names the recipe and cannot be set: give another recipe to qfleet train")
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,9 +22,11 @@ def evaluate(
     config = run_dir.read_config(path)
     if epsilon is not None:
         config = replace(config, evaluation=replace(config.evaluation, epsilon=epsilon))
+    if video is not None and video.suffix != ".mp4":
+        raise UserError(f"--video {video}: the name must end in .mp4")
     for out in (json_path, video):
-        if out is not None and not out.resolve().parent.is_dir():
-            raise UserError(f"{out}: there is no directory {out.resolve().parent}")
+        if out is not None and (out.is_dir() or not os.access(out.resolve().parent, os.W_OK)):
+            raise UserError(f"{out}: cannot be written; name a file in a directory that is there and yours")
     newest = run_dir.newest_checkpoint_path(path)
     if newest is None:
         raise UserError(f"{path} has no checkpoint yet: let qfleet train run for a minute")

@@ -65,7 +65,7 @@ def check_memory(config: RunConfig, spec: EnvSpec) -> None:
     shares = shard_shares(config)
     least = min_memory(shares["capacity"], spec.frame_stack, prioritized=config.replay.priority_exponent > 0)
     if shares["memory"] < least:
-        needed = ByteSize(least * config.replay.num_shards)
+        needed = ByteSize(-(-least * config.replay.num_shards // 2**20) * 2**20)
         raise UserError(
             f"replay.memory {config.replay.memory} is too little for replay.capacity {config.replay.capacity}: its index and "
             f"the smallest store take {needed}; raise --replay.memory to that, or lower --replay.capacity"

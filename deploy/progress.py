@@ -39,7 +39,8 @@ class Progress:
         self.env_steps_of: dict[int, int] = (
             old_steps if len(old_steps) == len(slots) else {s: total // len(slots) + (s < total % len(slots)) for s in slots}
         )
-        self.incarnation_of: dict[int, int] = {slot: counters.get("incarnations", {}).get(str(slot), -1) for slot in slots}
+        # No incarnation of a slot comes twice, over all commands on the run: seeds depend on it.
+        self.incarnation_of: dict[int, int] = dict.fromkeys(slots, 1_000 * self.epoch - 1)
         self.earlier_seconds: float = counters.get("wall_seconds", 0.0)
         self.started = time.monotonic()
         self.ledger = Ledger()
@@ -49,6 +50,7 @@ class Progress:
         self.evaluation: EvaluationResult | None = None
         self.returns: deque[float] = deque(maxlen=_RECENT_EPISODES)
         self.events: deque[str] = deque(maxlen=4)
+        self._known_faults: dict[str, int] = {}
         self._evaluation_is_new = False
         self._evaluation_began = (0.0, 0)
         self._previous: dict[str, float] = {}
@@ -69,7 +71,6 @@ class Progress:
     def counters(self) -> dict[str, Any]:
         return {
             "env_steps": {str(slot): steps for slot, steps in self.env_steps_of.items()},
-            "incarnations": {str(slot): incarnation for slot, incarnation in self.incarnation_of.items()},
             "wall_seconds": self.earlier_seconds + self.wall_seconds,
         }
 
@@ -117,6 +118,21 @@ class Progress:
         used += [self.env_steps / config.max_env_steps] if config.max_env_steps else []
         used += [(self.wall_seconds + self._final_seconds()) / (60 * config.max_minutes)] if config.max_minutes else []
         return min(max(used, default=0.0), 1.0)
+
+    def new_faults(self) -> list[str]:
+        """Returns a sentence for each kind of refused data that came since the last call."""
+        sentences = []
+        for shard in self.shards:
+            name = f"shard {shard['shard_index']}"
+            if shard["num_refused_chunks"] > self._known_faults.get(name, 0):
+                sentences.append(
+                    f"{name} refused {shard['num_refused_chunks']} chunks so far, the last: {shard['last_refusal']}"
+                )
+                self._known_faults[name] = shard["num_refused_chunks"]
+        if self.learner is not None and self.learner.num_dropped_batches > self._known_faults.get("learner", 0):
+            self._known_faults["learner"] = self.learner.num_dropped_batches
+            sentences.append(f"{self.learner.num_dropped_batches} batches dropped so far, the last: {self.learner.last_fault}")
+        return sentences
 
     def waits(self) -> list[str]:
         """Returns who waits for whom, now."""

@@ -1,6 +1,6 @@
 """Handles of a distributed run: Ray calls with timeouts. Waiting happens here, and every wait has its sentence.
 
-A handle is made in the driver, pickled to a worker and used there by one thread.
+A handle is made in the driver, pickled to a worker and used there by one thread, where it does not say otherwise.
 """
 
 from __future__ import annotations
@@ -110,6 +110,9 @@ class RayReplayWriter:
             shard, num_transitions = self._in_flight.pop(reference)
             try:
                 reply: InsertReply = ray.get(reference, timeout=10)
+                unread = num_transitions - reply.num_inserted - reply.num_refused
+                if unread:
+                    self._lost[f"shard {shard} could not read a chunk"] += unread
                 self._waits_for[shard] = reply.waits_for
                 self._ask_again_at[shard] = time.monotonic() + _POLL_SECONDS
             except RayError as error:
@@ -161,6 +164,7 @@ class RayReplayReader:
         return reply
 
     def update_priorities(self, message: Array) -> None:
+        """Sends and forgets; called from the learner's thread, while `request` and `collect` are the prefetch thread's."""
         self._shard.call.remote("update_priorities", message)
 
 

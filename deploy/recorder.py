@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -21,6 +22,16 @@ from deploy.progress import Progress
 from deploy.run_dir import RunDirectory
 
 
+class _SteadyConsole(Console):
+    """A console whose reader may go away (`| head`, a dropped connection): then it falls silent and the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 class Recorder:
     """Writes the rows of one command; used by the driver's one thread. rich's display refreshes on a thread of its own."""
 
@@ -29,7 +40,7 @@ class Recorder:
         self._path = run_dir.path
         self._file = (run_dir.path / "metrics.jsonl").open("a", buffering=1)
         self._events = EventFileWriter(str(run_dir.path))
-        self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._console = console or _SteadyConsole(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
         self._live: Live | None = None
         self._row: dict[str, Any] = {}
         if self._console.is_terminal:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from common.config import EnvSpec, RunConfig
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ def make_shard(config: RunConfig, spec: EnvSpec, run: str, shard_index: int, sha
         spec=spec,
         shard_index=shard_index,
         shard_epoch=shard_epoch,
-        seed=config.seed * 1_000 + shard_index,
+        seed=int(np.random.SeedSequence([config.seed, shard_index, shard_epoch]).generate_state(1)[0]),
         **shard_shares(config),
     )
 

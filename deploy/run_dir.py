@@ -22,7 +22,7 @@ from learner import checkpoint as checkpoints
 
 FORMAT_VERSION = 1
 _PACKAGES = ("torch", "ray", "gymnasium", "ale-py", "numpy", "lz4", "msgpack", "safetensors")
-_MUST_AGREE = ("env", "network", "seed")
+_MUST_AGREE = ("env", "network", "seed", "learner.optimizer")
 
 
 @dataclass(slots=True)
@@ -136,7 +136,10 @@ def newest_checkpoint_path(path: Path) -> Path | None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes indented JSON aside and renames it, so that the file is there whole or not at all."""
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(value, indent=2) + "\n")
+    with aside.open("w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     aside.replace(path)
 
 
@@ -162,7 +165,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], path: Path) -> list[s
         before = flat_old.get(name)
         if before == value or name == "run_dir":
             continue
-        if name.split(".")[0] in _MUST_AGREE:
+        if name in _MUST_AGREE or name.split(".")[0] in _MUST_AGREE:
             raise UserError(f"{path} holds a run with {name} {before}, not {value}: choose another --run-dir")
         changed.append(f"{name} {before} -> {value}")
     return changed

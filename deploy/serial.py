@@ -58,17 +58,19 @@ def run_serial(
             if now >= next_row:
                 next_row = now + config.log_period_seconds
                 _collect(progress, actors, learner, shards)
+                for sentence in progress.new_faults():
+                    recorder.event(sentence)
                 recorder.row()
             if now >= next_checkpoint + config.learner.checkpoint_period_seconds:
                 next_checkpoint = now
                 learner.save(progress.counters())
+        learner.save(progress.counters())
     except NonFiniteError as error:
         stopped_by, fault = "non_finite", str(error)
     for actor in actors:
         actor.send_waiting(0.0)
     _collect(progress, actors, learner, shards)
     if fault is None:
-        learner.save(progress.counters())
         learner.publish()
         if stopped_by != "interrupted":
             evaluator = roles.make_evaluator(config, spec, params)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
+
+_SAME_PRESS_SECONDS = 2.0  # People press twice, and terminals send to the whole group.
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a flag that the run reads; a second one ends the process at once."""
+    """Turns the first SIGINT or SIGTERM into a flag that the run reads; one that comes later ends the process at once."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked_at: float | None = None
         self.install()
 
     def install(self) -> None:
@@ -20,9 +23,11 @@ class StopSignal:
 
     def __call__(self) -> bool:
         """Returns whether someone asked the run to end."""
-        return self._asked
+        return self._asked_at is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        elif now - self._asked_at > _SAME_PRESS_SECONDS:
             raise KeyboardInterrupt
-        self._asked = True

@@ -8,19 +8,22 @@ out, Ray kills the newest first.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import time
 from collections import deque
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import EnvSpec, RunConfig
-from common.errors import NonFiniteError, UserError
+from common.errors import NonFiniteError, UserError, WireError
 from deploy import roles
 from deploy.outcome import Outcome
 from deploy.plan import CpuPlan, plan_cpus
@@ -76,7 +79,7 @@ class Supervisor:
 
     def run(self) -> Outcome:
         """Runs to the end; Ray is shut down and its files removed whatever happens."""
-        temp_dir = tempfile.mkdtemp(prefix="qfleet-")
+        temp_dir = make_temp_dir()
         try:
             try:
                 self._start(temp_dir)
@@ -121,6 +124,7 @@ class Supervisor:
         for name, address in zip(names, addresses, strict=True):
             self._note_worker(name, address)
         self._answers([self._learner.call.remote("start")], _ANSWER_SECONDS, "the learner to prefetch")
+        self._save()  # So that from here on there is always one to go on from.
         self._call_learner()
 
     def _place(self, plan: CpuPlan) -> PlacementGroup | None:
@@ -183,13 +187,8 @@ class Supervisor:
                     stopped_by = self._confirm_target()
                 if stopped_by is not None:
                     break
-                ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=0.5)
-                for call in ready:
-                    self._on_answer(call)
+                self._take_answers()
                 now = time.monotonic()
-                for call in [call for call, (_, _, deadline) in self._calls.items() if now > deadline]:
-                    role, index, _ = self._calls.pop(call)
-                    self._on_death(role, index, ray.exceptions.GetTimeoutError("it gave no answer: it hangs"))
                 if now >= next_row:
                     next_row = now + config.log_period_seconds
                     self._read_shards()
@@ -212,6 +211,18 @@ class Supervisor:
             return Outcome(stopped_by, fault, digest, None)
         self._recorder.row()
         return Outcome(stopped_by, fault, digest, progress.ledger.balance(progress.shards))
+
+    def _take_answers(self) -> None:
+        """Waits for an answer, takes in all that are there, and gives up workers that are long overdue."""
+        ray.wait(list(self._calls), num_returns=1, timeout=0.5)
+        ready, overdue = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
+        for call in ready:
+            self._on_answer(call)
+        for call in overdue:
+            role, index, deadline = self._calls[call]
+            if time.monotonic() > deadline:
+                self._calls.pop(call)
+                self._on_death(role, index, ray.exceptions.GetTimeoutError("it gave no answer: it hangs"))
 
     def _on_answer(self, call: Any) -> None:
         """Takes in what a worker reported and gives it its next call."""
@@ -264,7 +275,7 @@ class Supervisor:
     def _on_death(self, role: str, index: int, error: RayError) -> None:
         """Restarts what may be restarted; raises for what may not."""
         cause = error.cause if isinstance(error, RayTaskError) else None
-        if isinstance(cause, (NonFiniteError, UserError)):
+        if isinstance(cause, (NonFiniteError, UserError)) and not isinstance(cause, WireError):
             raise type(cause)(f"{role} {index}: {cause}") from error
         name = "the evaluator" if role == "evaluator" else f"actor {index}" if role == "actor" else f"the {role}"
         if role == "learner":
@@ -304,15 +315,27 @@ class Supervisor:
         return None
 
     def _evaluate_now(self) -> Any:
-        """Evaluates the learner's present parameters over the final number of episodes; None where it was interrupted."""
-        self._drain_role("evaluator")
+        """Evaluates the learner's present parameters over the final number of episodes; None where it was interrupted.
+
+        An evaluator that dies meanwhile is replaced once.
+        """
         self._answers([self._learner.call.remote("publish")], _ANSWER_SECONDS, "the learner to publish")
+        try:
+            return self._play_final_episodes()
+        except RunFault as error:
+            self._recorder.event(f"{error}; a new evaluator begins again")
+            self._calls = {call: expected for call, expected in self._calls.items() if expected.role != "evaluator"}
+            ray.kill(self._evaluator)
+            self._start_evaluator()
+            return self._play_final_episodes()
+
+    def _play_final_episodes(self) -> Any:
+        self._drain_role("evaluator", _START_SECONDS)
         config = self._config
         version = (self._progress.epoch, self._progress.updates)
         self._progress.on_evaluation_begins()
-        begin = self._evaluator.call.remote(
-            "begin", config.evaluation.final_episodes, config.seed + 1, version, _ANSWER_SECONDS
-        )
+        episodes, seed = config.evaluation.final_episodes, config.seed + 1
+        begin = self._evaluator.call.remote("begin", episodes, seed, version, _ANSWER_SECONDS)
         self._answers([begin], 2 * _ANSWER_SECONDS, "the evaluator to begin")
         stopped_before = self._stop()
         while self._stop() == stopped_before:
@@ -334,12 +357,13 @@ class Supervisor:
                 self._recorder.event(f"actor {slot} did not end in order: {_one_line(error)}")
                 self._progress.on_actor_died(slot)
 
-    def _drain_role(self, role: str) -> None:
-        deadline = time.monotonic() + _ANSWER_SECONDS
+    def _drain_role(self, role: str, seconds: float = _ANSWER_SECONDS) -> None:
+        """Waits until workers of a role have no call under way."""
+        deadline = time.monotonic() + seconds
         while calls := [call for call, (name, _, _) in self._calls.items() if name == role]:
             ready, _ = ray.wait(calls, num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
             if not ready:
-                raise RunFault(f"waited {_ANSWER_SECONDS:.0f} s for the {role} to come to rest")
+                raise RunFault(f"waited {seconds:.0f} s for the {role} to come to rest")
             for call in ready:
                 _, index, _ = self._calls.pop(call)
                 try:
@@ -359,11 +383,11 @@ class Supervisor:
         """Writes the last checkpoint and evaluates it; returns the digest of its parameters."""
         name = self._save()
         self._recorder.event(f"checkpoint {name} is written ({stopped_by})")
+        (digest,) = self._answers([self._learner.call.remote("digest")], _ANSWER_SECONDS, "the learner's digest")
         if stopped_by not in ("interrupted", "target_return"):
             result = self._evaluate_now()
             if result is not None:
                 self._take_evaluation(result)
-        (digest,) = self._answers([self._learner.call.remote("digest")], _ANSWER_SECONDS, "the learner's digest")
         return str(digest)
 
     def _save(self) -> str:
@@ -372,8 +396,13 @@ class Supervisor:
         return str(name)
 
     def _read_shards(self) -> None:
-        calls = [shard.call.remote("stats") for shard in self._shards]
-        self._progress.shards = self._answers(calls, _ANSWER_SECONDS, "the shards' statistics")
+        """Reads the shards' statistics, and asks the store for a sign of life: nobody else waits for its answers."""
+        calls = {f"shard {i}": shard.call.remote("stats") for i, shard in enumerate(self._shards)}
+        calls["the params store"] = self._store.call.remote("latest", self._progress.epoch + 1, 0)
+        answers = [self._answers([call], _ANSWER_SECONDS, name)[0] for name, call in calls.items()]
+        self._progress.shards = answers[: len(self._shards)]
+        for sentence in self._progress.new_faults():
+            self._recorder.event(sentence)
 
     def _answers(self, calls: list[Any], seconds: float, what: str) -> list[Any]:
         """Returns the answers to all calls; raises what a worker raised, or RunFault after so many seconds."""
@@ -386,19 +415,32 @@ class Supervisor:
                 raise type(error.cause)(str(error.cause)) from error
             raise RunFault(f"while waiting for {what}: {_one_line(error)}") from error
         except RayActorError as error:
-            raise RunFault(f"a worker died while the driver waited for {what}: {_one_line(error)}") from error
+            raise RunFault(f"{what}: the worker died: {_one_line(error)}") from error
+
+
+def make_temp_dir() -> str:
+    """Makes a directory for Ray's files, named after this process, and removes those of processes that are gone."""
+    root = Path(tempfile.gettempdir())
+    for path in root.glob("qfleet-*-*"):
+        pid = path.name.split("-")[1]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"qfleet-{os.getpid()}-")
 
 
 def start_ray(config: RunConfig, temp_dir: str) -> None:
     """Starts a local Ray of its own, with its files in `temp_dir`. Call `ray_environment.prepare` before importing Ray."""
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        object_store_memory=int(config.object_store_memory),
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _temp_dir=temp_dir,
-    )
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=int(config.object_store_memory),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=temp_dir,
+        )
+    except Exception as error:  # Ray raises bare ones here.
+        raise RunFault(f"Ray did not start: {_one_line(error)}; is the machine overloaded or out of memory?") from error
 
 
 def _one_line(error: BaseException) -> str:

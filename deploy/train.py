@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from deploy.progress import Progress
 from deploy.recorder import Recorder
 from deploy.stop_signal import StopSignal
 
-EXIT_DONE, EXIT_FAULT, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED = 0, 1, 130
 
 
 def train(config: RunConfig, path: Path) -> int:
@@ -62,13 +63,25 @@ def train(config: RunConfig, path: Path) -> int:
             from deploy.supervisor import Supervisor
 
             outcome = Supervisor(config, spec, run_dir, progress, recorder, stop).run()
+    except OSError as error:  # A full disk, most likely.
+        outcome = Outcome("fault", f"{error.filename or path}: {error.strerror}; the last checkpoint is kept", None, None)
     finally:
+        if outcome is None:
+            recorder.close()
+            run_dir.close()
+    return _close(config, run_dir, progress, recorder, outcome)
+
+
+def _close(config: RunConfig, run_dir: run_dirs.RunDirectory, progress: Progress, recorder: Recorder, outcome: Outcome) -> int:
+    """Writes what a run leaves, and says how it ended; returns the exit status."""
+    try:
         recorder.close()
-        if outcome is not None:
-            run_dir.write_summary(_summary(config, progress, outcome))
-            draw_learning_curve([path], path / "learning_curve.png")
-        run_dir.close()
-    return _report(path, progress, outcome)
+        run_dir.write_summary(_summary(config, progress, outcome))
+        draw_learning_curve([run_dir.path], run_dir.path / "learning_curve.png")
+    except OSError as error:
+        print(f"qfleet: {run_dir.path}: {error.strerror}: the summary could not be written", file=sys.stderr)
+    run_dir.close()
+    return _report(run_dir.path, progress, outcome)
 
 
 def _announce(recorder: Recorder, run_dir: run_dirs.RunDirectory, progress: Progress) -> None:
@@ -113,14 +126,17 @@ def _report(path: Path, progress: Progress, outcome: Outcome) -> int:
         print(f"parameters sha256 {outcome.params_digest}")
     print(f"see {path / 'summary.json'}, {path / 'learning_curve.png'}; the same command goes on from here")
     if outcome.fault is not None:
-        print(f"qfleet: {outcome.fault}")
+        print(f"qfleet: {outcome.fault}", file=sys.stderr)
         return EXIT_FAULT
     return EXIT_INTERRUPTED if outcome.stopped_by == "interrupted" else EXIT_DONE
 
 
 def resume(path: Path, overrides: Any) -> int:
     """Continues the run at `path` with its own configuration, changed by `overrides(config)`."""
-    config: RunConfig = overrides(run_dirs.read_config(path))
+    stored = run_dirs.read_config(path)
+    config: RunConfig = overrides(stored)
+    if config.run_dir != stored.run_dir:
+        raise UserError(f"--run-dir cannot be set here: qfleet resume goes on in {path}")
     if run_dirs.newest_checkpoint_path(path) is None:
         raise UserError(f"{path} has no checkpoint to resume from; start it again with qfleet train {config.recipe}")
     return train(config, path)

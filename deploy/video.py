@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -25,6 +26,7 @@ _MAX_SECONDS = 600
 
 def record(config: EnvConfig, network: QNetwork, path: Path, *, epsilon: float, seed: int) -> float:
     """Plays one episode and writes its pictures to `path` (mp4); returns the raw return."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a screen.
     config = replace(config, life_loss_terminates=False)
     rate = 60 // config.frame_skip if config.is_atari else 30
     total = 0.0

@@ -1,6 +1,6 @@
 """Checkpoints on disk: safetensors files and a msgpack manifest with their checksums. Nothing is ever unpickled.
 
-    checkpoints/<updates, 10 digits>/   online.safetensors target.safetensors optimizer.safetensors manifest.msgpack
+    checkpoints/<updates, 10 digits>[-<n>]/   online.safetensors target.safetensors optimizer.safetensors manifest.msgpack
 
 Written aside, fsynced and renamed, so a checkpoint is there whole or not at all. Tensors are numpy arrays here, so that the
 driver can check a checkpoint without PyTorch.
@@ -42,14 +42,17 @@ class Checkpoint:
 def write(directory: Path, updates: int, checkpoint: Checkpoint, *, kept: int) -> Path:
     """Writes `directory/<updates>` atomically, then deletes all but the newest `kept`; returns its path.
 
-    A checkpoint of the same number of updates is kept as it is: it holds the same parameters.
+    A second checkpoint of as many updates (actors may have gone on) stands beside the first as `<updates>-001` and so on.
     """
-    final = directory / f"{updates:010d}"
-    if final.exists():
-        return final
+    directory.mkdir(parents=True, exist_ok=True)
+    final, number = directory / f"{updates:010d}", 0
+    while final.exists():
+        number += 1
+        final = directory / f"{updates:010d}-{number:03d}"
+    for torn in directory.glob(".*.part"):
+        shutil.rmtree(torn)
     aside = directory / f".{final.name}.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside.mkdir()
     files: dict[str, dict[str, Any]] = {}
     for name in _TENSOR_FILES:
         data = safetensors.numpy.save(dict(checkpoint.tensors[name]))
@@ -69,7 +72,7 @@ def paths(directory: Path) -> list[Path]:
     """Returns the complete checkpoints, oldest first."""
     if not directory.is_dir():
         return []
-    return sorted(path for path in directory.iterdir() if re.fullmatch(r"\d{10}", path.name))
+    return sorted(path for path in directory.iterdir() if re.fullmatch(r"\d{10}(-\d{3})?", path.name))
 
 
 def read(path: Path) -> Checkpoint:

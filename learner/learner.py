@@ -54,7 +54,7 @@ class Learner:
     """Owns the online and target networks and the optimizer.
 
     `step()` takes one batch and does one update, or returns False where there is no batch; `run(seconds)` loops. Called from
-    one thread; the prefetch thread that `start()` begins touches nothing but the queue. Parameters are published at version
+    one thread; the prefetch thread that `start()` begins is the batch source's, and shares only its queue and fault counters. Parameters are published at version
     0, then every `publish_period_updates`.
     """
 
@@ -141,7 +141,7 @@ class Learner:
         """Does one update; returns whether there was a batch for it.
 
         Raises:
-          NonFiniteError: for a loss that is NaN or infinite. The batch is saved in the run directory; no parameter was
+          NonFiniteError: for a loss or gradient that is NaN or infinite. The batch is saved in the run directory; no parameter was
             changed by it, and the last checkpoint stays the last.
         """
         stats, started = self._stats, time.monotonic()
@@ -179,7 +179,6 @@ class Learner:
         for name, parameter in self._online.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise NonFiniteError(f"parameter {name} is not finite after update {self.updates}: no checkpoint is written")
-        tensors, groups = _flatten_optimizer(self._optimizer)
         meta = {
             "run": self._run,
             "epoch": self._epoch,
@@ -187,10 +186,13 @@ class Learner:
             "samples": self._stats.samples,
             "layout": params_module.layout(self._online),
             "digest": self.digest(),
-            "optimizer_groups": groups,
             "run_counters": run_counters,
         }
-        state = {"online": self._online.state_dict(), "target": self._target.state_dict(), "optimizer": tensors}
+        state = {
+            "online": self._online.state_dict(),
+            "target": self._target.state_dict(),
+            "optimizer": _optimizer_tensors(self._optimizer),
+        }
         saved = checkpoints.Checkpoint(tensors={name: _to_numpy(part) for name, part in state.items()}, meta=meta)
         directory = self._run_dir / "checkpoints"
         return checkpoints.write(directory, self.updates, saved, kept=self._config.checkpoints_kept).name
@@ -202,7 +204,7 @@ class Learner:
             raise CheckpointError(f"checkpoint {path}: it is of another network than this run's configuration describes")
         self._online.load_state_dict(_to_torch(saved.tensors["online"]))
         self._target.load_state_dict(_to_torch(saved.tensors["target"]))
-        _restore_optimizer(self._optimizer, _to_torch(saved.tensors["optimizer"]), saved.meta["optimizer_groups"])
+        _restore_optimizer(self._optimizer, _to_torch(saved.tensors["optimizer"]))
         self._stats.updates, self._stats.samples = saved.meta["updates"], saved.meta["samples"]
 
     def digest(self) -> str:
@@ -221,14 +223,16 @@ class Learner:
         loss = (self._td_loss(td_error) * batch.importance_weight).mean()
         loss_value = float(loss.detach())
         if not np.isfinite(loss_value):
-            self._save_bad_batch(batch, loss_value)
+            self._save_bad_batch(batch, f"the loss is {loss_value}")
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         limit = self._config.max_grad_norm
-        grad_norm = nn.utils.clip_grad_norm_(self._online.parameters(), limit if limit is not None else float("inf"))
+        grad_norm = float(nn.utils.clip_grad_norm_(self._online.parameters(), limit if limit is not None else float("inf")))
+        if not np.isfinite(grad_norm):
+            self._save_bad_batch(batch, f"the gradient norm is {grad_norm}")
         self._optimizer.step()
         self._losses.append(loss_value)
-        self._stats.grad_norm = float(grad_norm)
+        self._stats.grad_norm = grad_norm
         self._stats.mean_value = float(q_tm1.detach().gather(1, batch.a_tm1[:, None]).mean())
         return td_error.detach()
 
@@ -241,12 +245,12 @@ class Learner:
             elif self._stats.updates % (config.target_period_updates or 1) == 0:
                 self._target.load_state_dict(self._online.state_dict())
 
-    def _save_bad_batch(self, batch: Batch, loss: float) -> None:
+    def _save_bad_batch(self, batch: Batch, what: str) -> None:
         path = self._run_dir / f"bad_batch_{self._stats.updates:010d}.safetensors"
         tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
         save_file({name: value.contiguous() for name, value in tensors.items() if isinstance(value, Tensor)}, path)
         raise NonFiniteError(
-            f"the loss is {loss} at update {self._stats.updates}; its batch is saved in {path}, and the last checkpoint is kept"
+            f"{what} at update {self._stats.updates}; its batch is saved in {path}, and the last checkpoint is kept"
         )
 
 
@@ -286,19 +290,15 @@ def _to_torch(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
 
 
-def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[Any]]:
-    """Returns the optimizer's tensors under `<parameter index>.<name>`, and its groups of plain values."""
-    state = optimizer.state_dict()
-    tensors = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
-    assert all(isinstance(value, Tensor) for value in tensors.values())
-    groups = [{k: list(v) if isinstance(v, tuple) else v for k, v in group.items()} for group in state["param_groups"]]
-    return tensors, groups
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Returns the optimizer's state under `<parameter index>.<name>`; its settings are the configuration's."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> None:
+def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in groups]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

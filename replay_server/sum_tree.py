@@ -20,11 +20,6 @@ class SumTree:
         self._capacity = capacity
         self._nodes = np.zeros(2 * self._first_leaf, np.float64)
 
-    @staticmethod
-    def num_bytes(capacity: int) -> int:
-        """Memory that a tree of this capacity takes."""
-        return int(16 << max(capacity - 1, 0).bit_length())
-
     @property
     def values(self) -> Array:
         """f64[capacity] leaf values, a view."""

@@ -42,7 +42,7 @@ def failing(capsys, *words):
         (["train", "pong", "--actors.num-actors", "5000"], "at most"),
         (["train", "pong", "--replay.min-size", "300000"], "replay.capacity"),
         (["train", "pong", "--replay.limiter-buffer-samples", "1"], "must be at least"),
-        (["train", "pong", "--recipe", "breakout"], "use qfleet train breakout"),
+        (["train", "pong", "--recipe", "breakout"], "give another recipe"),
         (["train", "pong", "--learner.device", "cuda"], "--learner.device"),
         (["train", "pong", "stray"], "stray"),
         (["resume", "nowhere"], "not a run directory"),
@@ -104,6 +104,7 @@ def everything(path):
         (["train", "cartpole"], "holds a run of recipe 'gridworld'"),
         (["train", "gridworld", "--seed", "1"], "seed 0, not 1"),
         (["train", "gridworld", "--network.hidden-sizes", "32"], "network.hidden_sizes"),
+        (["train", "gridworld", "--learner.optimizer", "rmsprop"], "learner.optimizer adam, not rmsprop"),
     ],
 )
 def test_a_run_directory_of_another_run_is_left_alone(run, words, expected, capsys):
@@ -156,6 +157,23 @@ def test_two_commands_on_one_run_directory_are_refused(run, capsys):
 def test_a_run_that_reached_its_budget_says_how_to_go_on(run, capsys):
     assert cli.main(["train", "gridworld", "--run-dir", str(run), *TINY]) == 0
     assert "raise --max-updates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--video", "x.txt"], ["--video", "."], ["--json", "."], ["--json", "nowhere/e.json"]])
+def test_evaluate_refuses_what_it_cannot_write_before_it_plays(run, flags, capsys):
+    assert flags[1] in failing(capsys, "evaluate", run, "--episodes", "100000", *flags)
+
+
+def test_resume_refuses_another_run_directory(run, capsys):
+    assert "--run-dir cannot be set here" in failing(capsys, "resume", run, "--run-dir", "elsewhere")
+
+
+def test_a_setting_changed_on_a_continued_run_is_used(run, tmp_path):
+    from deploy.run_dir import read_config
+
+    words = ["--learner.learning-rate", "0.5", *TINY, "--max-updates", "9"]
+    assert cli.main(["train", "gridworld", "--run-dir", str(run), *words]) == 0
+    assert read_config(run).learner.learning_rate == 0.5
 
 
 def test_evaluate_writes_the_evaluation_object(run, tmp_path):

@@ -91,7 +91,7 @@ def test_a_killed_actor_is_replaced_and_an_interrupted_run_goes_on(start):
     assert status == 130 and first["stopped_by"] == "interrupted"
     assert "actor 1 died" in run.log.read_text()
     _check_ledger(first["ledger"], lost_causes={"actor died"})
-    assert [path.name for path in sorted((run.path / "checkpoints").iterdir())][-1] == f"{first['updates']:010d}"
+    assert [path.name for path in sorted((run.path / "checkpoints").iterdir())][-1].startswith(f"{first['updates']:010d}")
 
     again = start("--max-updates", str(first["updates"] + 100))
     status, second = again.end(150)
@@ -110,12 +110,21 @@ def test_a_killed_learner_ends_the_run_with_its_checkpoint_and_one_line(start):
     assert any((run.path / "checkpoints").glob("0*"))
 
 
+def test_a_killed_store_ends_the_run_and_is_named(start):
+    """Nobody waits for the store's answers, so without a sign of life actors would act with old parameters for ever."""
+    run = start("--max-updates", "1000000")
+    run.wait_for("updates", lambda: run.updates() > 5)
+    os.kill(run.workers()["store"]["pid"], signal.SIGKILL)
+    status, summary = run.end()
+    assert status == 1 and "the params store: the worker died" in summary["fault"]
+
+
 def test_sigterm_writes_a_checkpoint_and_ends_cleanly(start):
     run = start("--max-updates", "1000000")
     run.wait_for("updates", lambda: run.updates() > 5)
     run.process.send_signal(signal.SIGTERM)
     status, summary = run.end()
-    assert status == 130 and (run.path / "checkpoints" / f"{summary['updates']:010d}").is_dir()
+    assert status == 130 and list((run.path / "checkpoints").glob(f"{summary['updates']:010d}*"))
 
 
 def _check_ledger(ledger, lost_causes):

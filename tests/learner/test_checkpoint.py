@@ -27,6 +27,15 @@ def test_only_the_newest_are_kept_in_numeric_order(tmp_path):
     assert [path.name for path in checkpoints.paths(tmp_path)] == ["0000000010", "0000000020", "0000000100"]
 
 
+def test_a_second_checkpoint_of_as_many_updates_is_the_newer_one(tmp_path):
+    """Actors go on while the learner waits: the counters differ although the parameters do not."""
+    for value in (1.0, 2.0, 3.0):
+        checkpoints.write(tmp_path, 7, some(value), kept=2)
+    newest = checkpoints.paths(tmp_path)[-1]
+    assert [path.name for path in checkpoints.paths(tmp_path)] == ["0000000007-001", "0000000007-002"]
+    assert checkpoints.read(newest).tensors["online"]["w"][0, 0] == 3.0
+
+
 def test_a_write_that_was_cut_short_is_no_checkpoint_and_is_replaced(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))

@@ -178,6 +178,24 @@ def test_a_restored_learner_continues_to_the_bit(make_learner, tmp_path, optimiz
     np.testing.assert_array_equal(target(old), target(new))
 
 
+def test_a_restored_optimizer_has_the_settings_of_the_configuration(make_learner, tmp_path):
+    old, *_ = make_learner(learning_rate=1e-3)
+    steps(old, 2)
+    new, *_ = make_learner(learning_rate=0.5)
+    new.restore(tmp_path / "checkpoints" / old.save({}))
+    assert new._optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_gradient_that_is_not_finite_changes_no_parameter(make_learner, tmp_path):
+    learner, *_ = make_learner()
+    before = online(learner)
+    learner._td_loss = lambda td_error: (td_error - td_error.detach()).abs().sqrt()  # Zero, with an infinite slope.
+    with pytest.raises(NonFiniteError, match="gradient norm"):
+        learner.step()
+    np.testing.assert_array_equal(online(learner), before)
+    assert (tmp_path / "bad_batch_0000000000.safetensors").exists()
+
+
 def test_a_checkpoint_of_another_network_is_refused(make_learner, tmp_path):
     from common.config import NetworkConfig
 
