@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,32 +18,11 @@ from common import schedules, wire
 from common.config import ActorsConfig
 from common.errors import NonFiniteError
 from common.messages import Array, ParamsSnapshot, TransitionChunk
+from common.metrics import ActorStats
 from common.networks import QNetwork
 from common.planes import codec_of
 from common.priorities import priority
 from common.protocols import ParamsReader, ReplayWriter
-
-
-@dataclass(kw_only=True, slots=True)
-class ActorStats:
-    """Counts of one incarnation since its start; `returns` only of episodes since the last report."""
-
-    slot: int
-    incarnation: int
-    env_steps: int
-    """Transitions of all incarnations of the slot: resets are not counted."""
-    sent: int
-    """Transitions sent by this incarnation."""
-    lost: dict[str, int]
-    params_epoch: int
-    params_version: int
-    epsilon: float
-    """Mean over the actor's environments."""
-    returns: list[float] = field(default_factory=list)
-    """Raw returns of episodes that ended."""
-    waits_for: str | None = None
-    waiting_seconds: float = 0.0
-    """Time spent waiting for replay since the start."""
 
 
 class Actor:

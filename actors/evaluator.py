@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,25 +15,9 @@ from common import params as params_module
 from common import wire
 from common.config import EnvConfig, EvaluationConfig
 from common.messages import Array, ParamsSnapshot
+from common.metrics import EvaluationResult
 from common.networks import QNetwork
 from common.protocols import ParamsReader
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationResult:
-    """What summary.json and `qfleet evaluate --json` hold of an evaluation."""
-
-    mean_return: float
-    episodes: int
-    returns: list[float]
-    """Raw returns, environment by environment."""
-    epsilon: float
-    protocol: str
-    """legacy, machado or custom for Atari, gymnasium else; see `protocol_name`."""
-    seed: int
-    params_epoch: int
-    params_version: int
-    seconds: float
 
 
 def protocol_name(config: EnvConfig) -> str:

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from common.metrics import ShardStats
+
 
 class Ledger:
     """What actors say they sent, set against what shards say they have.
@@ -28,17 +30,16 @@ class Ledger:
         """Notes that an incarnation will report no more."""
         self._died.add((slot, incarnation))
 
-    def balance(self, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def balance(self, shards: Sequence[ShardStats]) -> dict[str, Any]:
         """Returns the ledger of summary.json, in transitions; `balanced` says whether both equations hold."""
         inserted: dict[tuple[int, int], int] = defaultdict(int)
         refused: dict[tuple[int, int], int] = defaultdict(int)
         sent = dict(self._sent)
         for shard in shards:
-            for slot, incarnation, count in shard["senders"]:
-                sender = (slot, incarnation)
-                inserted[sender] += count["inserted"]
-                refused[sender] += count["refused"]
-                sent[sender] = max(sent.get(sender, 0), count["sent"])
+            for sender, count in shard.senders.items():
+                inserted[sender] += count.inserted
+                refused[sender] += count.refused
+                sent[sender] = max(sent.get(sender, 0), count.sent)
         lost: dict[str, int] = defaultdict(int)
         for sender in sent:
             by_cause = self._lost.get(sender, {})
@@ -46,15 +47,15 @@ class Ledger:
                 lost[cause] += number
             if sender in self._died:
                 lost["actor died"] += sent[sender] - inserted[sender] - refused[sender] - sum(by_cause.values())
-        lost = {cause: number for cause, number in lost.items() if number}
-        totals = {
-            "sent": sum(sent.values()),
-            "inserted": sum(shard["num_inserted"] for shard in shards),
-            "refused": sum(refused.values()),
-            "lost": lost,
-            "resident": sum(shard["size"] for shard in shards),
-            "evicted": sum(shard["num_evicted"] for shard in shards),
+        num_sent, num_refused = sum(sent.values()), sum(refused.values())
+        num_inserted = sum(shard.num_inserted for shard in shards)
+        resident, evicted = sum(shard.size for shard in shards), sum(shard.num_evicted for shard in shards)
+        return {
+            "sent": num_sent,
+            "inserted": num_inserted,
+            "refused": num_refused,
+            "lost": {cause: number for cause, number in lost.items() if number},
+            "resident": resident,
+            "evicted": evicted,
+            "balanced": num_sent == num_inserted + num_refused + sum(lost.values()) and num_inserted == resident + evicted,
         }
-        arrived = totals["inserted"] + totals["refused"] + sum(lost.values())
-        balanced = totals["sent"] == arrived and totals["inserted"] == totals["resident"] + totals["evicted"]
-        return totals | {"balanced": balanced}

@@ -7,15 +7,11 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.config import RunConfig
+from common.metrics import ActorStats, EvaluationResult, LearnerStats, ShardStats
 from deploy.ledger import Ledger
-
-if TYPE_CHECKING:
-    from actors.actor import ActorStats
-    from actors.evaluator import EvaluationResult
-    from learner.learner import LearnerStats
 
 _RECENT_EPISODES = 20
 
@@ -46,7 +42,7 @@ class Progress:
         self.ledger = Ledger()
         self.actors: dict[int, ActorStats] = {}
         self.learner: LearnerStats | None = None
-        self.shards: Sequence[dict[str, Any]] = []
+        self.shards: Sequence[ShardStats] = []
         self.evaluation: EvaluationResult | None = None
         self.returns: deque[float] = deque(maxlen=_RECENT_EPISODES)
         self.events: deque[str] = deque(maxlen=4)
@@ -123,12 +119,10 @@ class Progress:
         """Returns a sentence for each kind of refused data that came since the last call."""
         sentences = []
         for shard in self.shards:
-            name = f"shard {shard['shard_index']}"
-            if shard["num_refused_chunks"] > self._known_faults.get(name, 0):
-                sentences.append(
-                    f"{name} refused {shard['num_refused_chunks']} chunks so far, the last: {shard['last_refusal']}"
-                )
-                self._known_faults[name] = shard["num_refused_chunks"]
+            name = f"shard {shard.shard_index}"
+            if shard.num_refused_chunks > self._known_faults.get(name, 0):
+                sentences.append(f"{name} refused {shard.num_refused_chunks} chunks so far, the last: {shard.last_refusal}")
+                self._known_faults[name] = shard.num_refused_chunks
         if self.learner is not None and self.learner.num_dropped_batches > self._known_faults.get("learner", 0):
             self._known_faults["learner"] = self.learner.num_dropped_batches
             sentences.append(f"{self.learner.num_dropped_batches} batches dropped so far, the last: {self.learner.last_fault}")
@@ -194,7 +188,7 @@ class Progress:
         if not self.shards:
             return {}
         total = {
-            name: sum(shard[name] for shard in self.shards)
+            name: sum(getattr(shard, name) for shard in self.shards)
             for name in ("size", "used_bytes", "num_inserted", "num_evicted", "num_sampled", "num_refused_chunks")
         }
         inserted = total["num_inserted"] - self.config.replay.min_size
@@ -206,7 +200,7 @@ class Progress:
             "shard/sampled_transitions": total["num_sampled"],
             "shard/samples_per_insert": total["num_sampled"] / inserted if inserted > 0 else None,
             "shard/refused_chunks": total["num_refused_chunks"],
-            "shard/stale_priority_updates": sum(shard["num_stale_priority_updates"] for shard in self.shards),
+            "shard/stale_priority_updates": sum(shard.num_stale_priority_updates for shard in self.shards),
         }
 
     def _rate(self, name: str, value: float, seconds: float) -> float | None:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +19,13 @@ from common import wire
 from common.config import LearnerConfig
 from common.errors import CheckpointError, NonFiniteError, UserError
 from common.messages import Array, ParamsSnapshot
+from common.metrics import LearnerStats
 from common.networks import QNetwork
 from common.priorities import priority
 from common.protocols import ParamsWriter, ReplayReader
 from learner import checkpoint as checkpoints
 from learner import losses
 from learner.batches import Batch, BatchSource
-
-
-@dataclass(kw_only=True, slots=True)
-class LearnerStats:
-    """Counts since the beginning of the run (updates, samples) or of this process (seconds)."""
-
-    updates: int
-    samples: int
-    published_version: int
-    loss: float
-    """Mean of the updates since the last report; NaN where there were none."""
-    mean_value: float
-    """Mean of q_tm1 at the actions taken, of the last update."""
-    grad_norm: float
-    params_lag_updates: float
-    """Updates between the parameters that acted and those that learned, mean of the last batch."""
-    busy_seconds: float
-    waiting_seconds: float
-    num_ready_batches: int
-    num_dropped_batches: int
-    waits_for: str | None
-    last_fault: str | None
 
 
 class Learner:

@@ -7,7 +7,7 @@ it; it never sleeps, and imports neither torch nor ray nor an environment.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from common import wire
 from common.config import ByteSize, EnvSpec
 from common.errors import UserError, WireError
 from common.messages import Array, PriorityUpdate, SampleBatch, TransitionChunk
+from common.metrics import SenderCount, ShardStats
 from common.planes import codec_of, decode_planes
 from common.protocols import InsertReply, SampleReply
 from replay_server.limiter import RateLimiter
@@ -25,16 +26,6 @@ from replay_server.sum_tree import SumTree
 _MIN_SEGMENTS = 8
 _MAX_SEGMENT_BYTES = 4 << 20
 _MIN_SEGMENT_BYTES = 128 << 10
-
-
-@dataclass(slots=True)
-class SenderCount:
-    """What one incarnation of one actor slot brought to this shard, in transitions."""
-
-    inserted: int = 0
-    refused: int = 0
-    sent: int = 0
-    """Transitions that the incarnation had sent, to all shards, up to its newest chunk seen here."""
 
 
 class ReplayShard:
@@ -144,26 +135,25 @@ class ReplayShard:
             self._tree.set(slots, update.priority[resident] ** self._priority_exponent)
         return int(resident.sum())
 
-    def stats(self) -> dict[str, Any]:
-        """Returns the shard's counters as plain values."""
+    def stats(self) -> ShardStats:
+        """Returns the shard's counters, a copy."""
         size = self.size
-        return {
-            "shard_index": self._shard_index,
-            "shard_epoch": self._shard_epoch,
-            "size": size,
-            "capacity": self._capacity,
-            "num_inserted": self._next_item_id,
-            "num_evicted": self._oldest_item_id,
-            "num_sampled": self._limiter.num_sampled,
-            "num_refused_chunks": self._num_refused_chunks,
-            "last_refusal": self._last_refusal,
-            "num_priority_updates": self._num_priority_updates,
-            "num_stale_priority_updates": self._num_stale_priority_updates,
-            "used_bytes": self._store.used_bytes()
-            + size * _index_bytes_per_item(self._spec.frame_stack, self._tree is not None),
-            "waits_for": [w for w in (self.may_insert(), self._may_sample(1)) if w],
-            "senders": [[slot, incarnation, asdict(count)] for (slot, incarnation), count in self._senders.items()],
-        }
+        return ShardStats(
+            shard_index=self._shard_index,
+            shard_epoch=self._shard_epoch,
+            size=size,
+            capacity=self._capacity,
+            num_inserted=self._next_item_id,
+            num_evicted=self._oldest_item_id,
+            num_sampled=self._limiter.num_sampled,
+            num_refused_chunks=self._num_refused_chunks,
+            last_refusal=self._last_refusal,
+            num_priority_updates=self._num_priority_updates,
+            num_stale_priority_updates=self._num_stale_priority_updates,
+            used_bytes=self._store.used_bytes() + size * _index_bytes_per_item(self._spec.frame_stack, self._tree is not None),
+            waits_for=[w for w in (self.may_insert(), self._may_sample(1)) if w],
+            senders={sender: replace(count) for sender, count in self._senders.items()},
+        )
 
     def check_valid(self) -> None:
         assert 0 <= self.size <= self._capacity

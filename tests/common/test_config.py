@@ -218,7 +218,6 @@ def test_limiter_buffer_holds_a_batch_and_every_chunk_in_flight():
     """Kills: the chunks of one actor only; the ratio left out; the shards left out of the least buffer; floor for ceil."""
     config = run_of(batch_size=32, samples_per_insert=8.0, chunk_transitions=10)
     assert (config.min_limiter_buffer_samples, config.limiter_buffer_samples) == (8 * 10, 8 * 10 * 3 * 2)
-    assert config.num_env_slots == 3 * 5
     config = run_of(batch_size=512, samples_per_insert=8.0, chunk_transitions=10)
     assert (config.min_limiter_buffer_samples, config.limiter_buffer_samples) == (512, 512)
     config = run_of(batch_size=4, samples_per_insert=0.7, chunk_transitions=15, num_shards=4)

@@ -14,6 +14,7 @@ from common import wire
 from common.config import EnvSpec
 from common.errors import UserError, WireError
 from common.messages import PriorityUpdate, SampleBatch
+from common.metrics import SenderCount
 from common.planes import decode_planes, encode_plane, join_planes
 from replay_server.shard import ReplayShard, min_memory
 
@@ -170,11 +171,11 @@ def test_shard_agrees_with_naive(seed, spec, chunk_of):
             priority = rng.integers(0, 9, size=6)
             assert update(shard, item_id, priority) == naive.update_priorities(item_id, priority)
         counts = shard.stats()
-        assert counts["num_inserted"] == naive.num_inserted
-        assert counts["num_evicted"] == naive.num_evicted
-        assert counts["size"] == shard.size == len(naive.items)
-        assert counts["num_stale_priority_updates"] == naive.num_stale
-        assert counts["used_bytes"] <= memory
+        assert counts.num_inserted == naive.num_inserted
+        assert counts.num_evicted == naive.num_evicted
+        assert counts.size == shard.size == len(naive.items)
+        assert counts.num_stale_priority_updates == naive.num_stale
+        assert counts.used_bytes <= memory
         shard.check_valid()
         if rng.random() < 0.4 and (not prioritized or any(item["priority"] for item in naive.items)):
             batch = sample(shard, 20)
@@ -193,7 +194,7 @@ def test_insert_at_capacity_evicts_oldest(priority_exponent, chunk_of):
     batch = sample(shard, 1000)
     assert sorted(set(batch.item_id.tolist())) == list(range(17, 27))
     np.testing.assert_array_equal(batch.r_t, batch.item_id)
-    assert (shard.stats()["num_evicted"], shard.size) == (17, 10)
+    assert (shard.stats().num_evicted, shard.size) == (17, 10)
 
 
 def test_insert_at_memory_evicts_oldest(chunk_of):
@@ -219,7 +220,7 @@ def test_item_id_is_never_reused(spec, chunk_of):
         end += shard.insert(wire.pack(chunk_of(rng, spec, num_planes=20, num_transitions=num, r_t=r_t))).num_inserted
         batch = sample(shard, 5)
         np.testing.assert_array_equal(batch.r_t, batch.item_id)
-    assert shard.stats()["num_inserted"] == end > 3 * shard.size
+    assert shard.stats().num_inserted == end > 3 * shard.size
 
 
 def test_insert_keeps_no_view_of_the_message(chunk_of):
@@ -341,7 +342,7 @@ def test_updated_priority_changes_probability_exactly(chunk_of):
     assert update(shard, [5, 3, 5], [36.0, 0.0, 25.0]) == 3  # Of duplicates the last one stays.
     powers = [1, 0, 3, 5]
     assert reported() == pytest.approx({2: 1 / 9, 4: 3 / 9, 5: 5 / 9}, rel=1e-12)
-    assert shard.stats()["num_priority_updates"] == 3
+    assert shard.stats().num_priority_updates == 3
 
 
 def test_stale_priority_updates_are_dropped_and_counted(chunk_of):
@@ -351,14 +352,14 @@ def test_stale_priority_updates_are_dropped_and_counted(chunk_of):
     for _ in range(2):
         shard.insert(wire.pack(chunk_of(rng, num_transitions=4, priority=np.array([1.0, 2.0, 3.0, 4.0]))))
     assert update(shard, [0, 1, 3, 8, 10**15], [100.0] * 5) == 0  # 8 and 10**15 were not given yet.
-    assert shard.stats()["num_stale_priority_updates"] == 5
+    assert shard.stats().num_stale_priority_updates == 5
     assert update(shard, [4, 5], [100.0, 100.0], shard_epoch=6) == 0  # Of another epoch: the same ids, other items.
-    assert shard.stats()["num_stale_priority_updates"] == 7
+    assert shard.stats().num_stale_priority_updates == 7
     assert sample(shard, 1).priority_mass == 1 + 2 + 3 + 4
     assert update(shard, [3, 4], [100.0, 5.0]) == 1
     assert sample(shard, 1).priority_mass == 5 + 2 + 3 + 4
     counts = shard.stats()
-    assert (counts["num_stale_priority_updates"], counts["num_priority_updates"]) == (8, 1)
+    assert (counts.num_stale_priority_updates, counts.num_priority_updates) == (8, 1)
 
 
 def test_update_for_another_shard_is_refused_and_changes_nothing(chunk_of):
@@ -371,7 +372,7 @@ def test_update_for_another_shard_is_refused_and_changes_nothing(chunk_of):
     with pytest.raises(WireError, match=r"^priority: -1.0 is below"):
         update(shard, [0, 1], [9.0, -1.0])
     assert sample(shard, 1).priority_mass == 6
-    assert shard.stats()["num_stale_priority_updates"] == shard.stats()["num_priority_updates"] == 0
+    assert shard.stats().num_stale_priority_updates == shard.stats().num_priority_updates == 0
 
 
 def test_sample_is_repeatable_by_seed(chunk_of):
@@ -452,13 +453,12 @@ def test_bad_chunk_is_refused_and_harms_nothing(name, chunk_of):
     assert contents(shard) == before
     shard.check_valid()
     after = shard.stats()
-    assert (after["num_refused_chunks"], after["last_refusal"]) == (1, reply.refusal)
+    assert (after.num_refused_chunks, after.last_refusal) == (1, reply.refusal)
     for unchanged in ("size", "num_inserted", "num_evicted", "used_bytes"):
-        assert after[unchanged] == counts[unchanged]
-    senders = {(slot, incarnation): count for slot, incarnation, count in after["senders"]}
-    assert senders[1, 0]["inserted"] == 4 * 3
-    refused = {"inserted": 0, "refused": 3, "sent": 103}
-    assert senders.get((2, 5)) == (refused if name in COUNTED else None)
+        assert getattr(after, unchanged) == getattr(counts, unchanged)
+    assert after.senders[1, 0].inserted == 4 * 3
+    refused = SenderCount(inserted=0, refused=3, sent=103)
+    assert after.senders.get((2, 5)) == (refused if name in COUNTED else None)
     assert reply.num_refused == (3 if name in COUNTED | {"other_run"} else 0)
     assert shard.insert(wire.pack(chunk_of(rng))).num_inserted == 3  # And it goes on.
 
@@ -483,8 +483,8 @@ def test_unreadable_chunk_is_refused_and_counted(chunk_of):
         reply = shard.insert(bad)
         assert (reply.num_inserted, reply.num_refused) == (0, 0)
         assert reply.refusal
-    assert shard.stats()["num_refused_chunks"] == 4
-    assert shard.stats()["senders"] == []
+    assert shard.stats().num_refused_chunks == 4
+    assert shard.stats().senders == {}
 
 
 def test_chunk_larger_than_the_shard_is_refused_and_counted(chunk_of):
@@ -510,13 +510,13 @@ def test_senders_are_counted_by_slot_and_incarnation(chunk_of):
             )
         )
     counts = shard.stats()
-    assert {(slot, incarnation): count for slot, incarnation, count in counts["senders"]} == {
-        (0, 0): {"inserted": 4 + 6 + 5, "refused": 0, "sent": 9 + 6},  # A late chunk does not take it back.
-        (1, 0): {"inserted": 5, "refused": 0, "sent": 5},
-        (0, 1): {"inserted": 2, "refused": 0, "sent": 2},
+    assert counts.senders == {
+        (0, 0): SenderCount(inserted=4 + 6 + 5, refused=0, sent=9 + 6),  # A late chunk does not take it back.
+        (1, 0): SenderCount(inserted=5, refused=0, sent=5),
+        (0, 1): SenderCount(inserted=2, refused=0, sent=2),
     }
-    assert counts["num_inserted"] == 22
-    assert (counts["size"], counts["num_evicted"]) == (10, 12)
+    assert counts.num_inserted == 22
+    assert (counts.size, counts.num_evicted) == (10, 12)
 
 
 # The limiter, as the shard asks it
@@ -532,14 +532,14 @@ def test_shard_asks_its_limiter_and_names_itself(chunk_of):
     assert shard.insert(wire.pack(chunk_of(rng))).waits_for is None
     assert shard.insert(wire.pack(chunk_of(rng))).waits_for == "shard 3: actors wait for the learner: 2 more samples due"
     assert shard.may_insert() == "shard 3: actors wait for the learner: 2 more samples due"  # (9 - 6) * 2 - 4
-    assert shard.stats()["waits_for"] == [shard.may_insert()]
+    assert shard.stats().waits_for == [shard.may_insert()]
     assert shard.insert(wire.pack(chunk_of(rng))).num_inserted == 3  # What is under way is never refused.
     for _ in range(4):
         sample(shard, 4)
-    assert shard.stats()["num_sampled"] == 16
+    assert shard.stats().num_sampled == 16
     assert shard.may_insert() is None
     assert shard.sample(4).waits_for == "shard 3: the learner waits for actors: 2 more transitions due"  # (20 - 16) / 2
-    assert shard.stats()["num_sampled"] == 16
+    assert shard.stats().num_sampled == 16
 
 
 def test_refused_chunks_do_not_pay_for_samples(chunk_of):
@@ -555,7 +555,7 @@ def test_sample_waits_where_every_priority_is_zero(chunk_of):
     shard = make_shard()
     shard.insert(wire.pack(chunk_of(np.random.default_rng(0), priority=np.zeros(3))))
     reply = shard.sample(1)
-    assert (reply.batch, shard.stats()["num_sampled"]) == (None, 0)
+    assert (reply.batch, shard.stats().num_sampled) == (None, 0)
     assert "priority is not zero" in str(reply.waits_for)
     update(shard, [1], [2.0])
     assert sample(shard, 5).item_id.tolist() == [1] * 5
@@ -579,12 +579,12 @@ def test_used_bytes_reaches_and_never_exceeds_memory(chunk_of):
     rng = np.random.default_rng(0)
     memory = min_memory(100, 2, prioritized=True)
     shard = make_shard(LARGE_PIXELS, memory=memory, capacity=100)
-    assert shard.stats()["used_bytes"] == 0
+    assert shard.stats().used_bytes == 0
     used = []
     for _ in range(150):
         num_planes, num_transitions = rng.integers(1, 31), rng.integers(1, 20)
         shard.insert(wire.pack(chunk_of(rng, LARGE_PIXELS, num_planes=num_planes, num_transitions=num_transitions)))
-        used.append(shard.stats()["used_bytes"])
+        used.append(shard.stats().used_bytes)
     assert 0.9 * memory < max(used) <= memory
 
 

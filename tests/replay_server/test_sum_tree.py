@@ -125,10 +125,3 @@ def test_check_valid_finds_a_wrong_sum_and_a_bad_leaf():
     other.values[0] = -1.0
     with pytest.raises(AssertionError):
         other.check_valid()
-
-
-def test_num_bytes_is_what_the_tree_takes():
-    for capacity in (1, 2, 3, 4, 5, 1000, 1024, 1025):
-        tree = SumTree(capacity)
-        assert SumTree.num_bytes(capacity) == tree._nodes.nbytes
-        assert len(tree.values) == capacity

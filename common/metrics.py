@@ -1,0 +1,104 @@
+"""What the roles report: the statistics that cross process boundaries beside the four messages.
+
+`deploy/progress.py` makes rows of metrics of them, whose names are `<role>/<quantity>_<unit>`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True, slots=True)
+class ActorStats:
+    """Counts of one incarnation since its start; `returns` only of episodes since the last report."""
+
+    slot: int
+    incarnation: int
+    env_steps: int
+    """Transitions of all incarnations of the slot: resets are not counted."""
+    sent: int
+    """Transitions sent by this incarnation."""
+    lost: dict[str, int]
+    params_epoch: int
+    params_version: int
+    epsilon: float
+    """Mean over the actor's environments."""
+    returns: list[float] = field(default_factory=list)
+    """Raw returns of episodes that ended."""
+    waits_for: str | None = None
+    waiting_seconds: float = 0.0
+    """Time spent waiting for replay since the start."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LearnerStats:
+    """Counts since the beginning of the run (updates, samples) or of this process (seconds)."""
+
+    updates: int
+    samples: int
+    published_version: int
+    loss: float
+    """Mean of the updates since the last report; NaN where there were none."""
+    mean_value: float
+    """Mean of q_tm1 at the actions taken, of the last update."""
+    grad_norm: float
+    params_lag_updates: float
+    """Updates between the parameters that acted and those that learned, mean of the last batch."""
+    busy_seconds: float
+    waiting_seconds: float
+    num_ready_batches: int
+    num_dropped_batches: int
+    waits_for: str | None
+    last_fault: str | None
+
+
+@dataclass(slots=True)
+class SenderCount:
+    """What one incarnation of one actor slot brought to this shard, in transitions."""
+
+    inserted: int = 0
+    refused: int = 0
+    sent: int = 0
+    """Transitions that the incarnation had sent, to all shards, up to its newest chunk seen here."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardStats:
+    """State and counts of one shard since its start, in transitions where it does not say otherwise."""
+
+    shard_index: int
+    shard_epoch: int
+    size: int
+    capacity: int
+    num_inserted: int
+    num_evicted: int
+    num_sampled: int
+    num_refused_chunks: int
+    last_refusal: str | None
+    num_priority_updates: int
+    """Priorities applied."""
+    num_stale_priority_updates: int
+    """Priorities dropped, because their items had gone."""
+    used_bytes: int
+    """Live segments and the index of resident items."""
+    waits_for: list[str]
+    """Who waits for this shard, for what."""
+    senders: dict[tuple[int, int], SenderCount]
+    """By (actor slot, incarnation)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationResult:
+    """What summary.json and `qfleet evaluate --json` hold of an evaluation."""
+
+    mean_return: float
+    episodes: int
+    returns: list[float]
+    """Raw returns, environment by environment."""
+    epsilon: float
+    protocol: str
+    """legacy, machado or custom for Atari, gymnasium else; see `protocol_name`."""
+    seed: int
+    params_epoch: int
+    params_version: int
+    seconds: float

@@ -1,0 +1,69 @@
+"""The ledger: sent = inserted + refused + lost, also when an actor could not say what it sent."""
+
+from common.metrics import SenderCount, ShardStats
+from deploy.ledger import Ledger
+
+
+def shard(index, size, evicted, senders):
+    """A shard's statistics; senders are {(slot, incarnation): (inserted, refused, sent)}."""
+    return ShardStats(
+        shard_index=index,
+        shard_epoch=0,
+        size=size,
+        capacity=100,
+        num_inserted=size + evicted,
+        num_evicted=evicted,
+        num_sampled=0,
+        num_refused_chunks=0,
+        last_refusal=None,
+        num_priority_updates=0,
+        num_stale_priority_updates=0,
+        used_bytes=0,
+        waits_for=[],
+        senders={sender: SenderCount(*counts) for sender, counts in senders.items()},
+    )
+
+
+def test_an_undisturbed_run_balances():
+    ledger = Ledger()
+    ledger.report(0, 0, 30, {})
+    ledger.report(0, 0, 50, {})  # Counts are totals: the newer one stands.
+    ledger.report(1, 0, 20, {})
+    shards = [
+        shard(0, 30, 5, {(0, 0): (25, 0, 50), (1, 0): (10, 0, 10)}),
+        shard(1, 35, 0, {(0, 0): (25, 0, 45), (1, 0): (10, 0, 20)}),
+    ]
+    assert ledger.balance(shards) == {
+        "sent": 70,
+        "inserted": 70,
+        "refused": 0,
+        "lost": {},
+        "resident": 65,
+        "evicted": 5,
+        "balanced": True,
+    }
+
+
+def test_what_a_killed_actor_sent_is_known_from_its_chunks():
+    """It reported 10, but a chunk that arrived says 40 were sent with it; 30 of these came: 10 are lost with it."""
+    ledger = Ledger()
+    ledger.report(2, 0, 10, {})
+    ledger.died(2, 0)
+    ledger.report(2, 1, 8, {})
+    balance = ledger.balance([shard(0, 38, 0, {(2, 0): (30, 0, 40), (2, 1): (8, 0, 8)})])
+    assert balance["sent"] == 48 and balance["lost"] == {"actor died": 10} and balance["balanced"]
+
+
+def test_a_killed_actor_that_no_shard_heard_of_lost_what_it_reported():
+    ledger = Ledger()
+    ledger.report(0, 0, 12, {"shard 1: ActorDiedError": 4})
+    ledger.died(0, 0)
+    balance = ledger.balance([shard(0, 0, 0, {})])
+    assert balance["lost"] == {"shard 1: ActorDiedError": 4, "actor died": 8} and balance["balanced"]
+
+
+def test_transitions_that_nobody_accounts_for_are_noticed():
+    ledger = Ledger()
+    ledger.report(0, 0, 50, {})
+    assert not ledger.balance([shard(0, 49, 0, {(0, 0): (49, 0, 50)})])["balanced"]
+    assert ledger.balance([shard(0, 49, 0, {(0, 0): (49, 1, 50)})])["balanced"]
