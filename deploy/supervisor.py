@@ -269,6 +269,7 @@ class Supervisor:
             f"evaluation of version {result.params_version}: mean return {result.mean_return:.1f} over {result.episodes} episodes "
             f"({result.seconds:.0f} s)"
         )
+        self._recorder.row()
         target = self._config.evaluation.target_return
         self._target_reached = target is not None and result.mean_return >= target
 
