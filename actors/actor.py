@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from actors.chunks import ChunkBuilder
-from actors.environments import Step, VectorEnvironment
+from actors.environments import Step, VectorEnvironment, push_planes
 from actors.n_step import NStepBuilder, Transitions
 from actors.policy import epsilon_greedy
 from common import params as params_module
@@ -206,12 +206,9 @@ class Actor:
     def _push_planes(self, planes: Array, is_first: Array, only: Array | None = None) -> None:
         """Adds one plane to every stack (or to those of `only`); stacks of a new episode begin with zeros."""
         rows = np.arange(len(planes)) if only is None else np.flatnonzero(only)
-        self._stacks[rows, :-1] = self._stacks[rows, 1:]
-        self._stacks[rows, -1] = planes[rows]
+        push_planes(self._stacks, planes, is_first, rows)
         self._plane[rows] += 1
-        for row in np.flatnonzero(is_first).tolist():
-            self._stacks[row, :-1] = 0
-            self._first[row] = self._plane[row]
+        self._first[is_first] = self._plane[is_first]
         for row in rows.tolist():
             self._chunks[row].add_plane(planes[row])
 

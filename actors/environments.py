@@ -203,6 +203,20 @@ def make_environment(config: EnvConfig, num_envs: int, *, num_threads: int = 1, 
     return GymnasiumEnvironment(envs, config.frame_stack)
 
 
+def push_planes(stacks: Array, planes: Array, is_first: Array, rows: Array | slice = slice(None)) -> None:
+    """Adds the newest plane to each stack of `rows`, in place; a stack that begins an episode is zero before it.
+
+    Args:
+      stacks: [E, K, *plane_shape].
+      planes: [E, *plane_shape].
+      is_first: bool[E], among `rows`.
+      rows: which stacks; all unless said.
+    """
+    stacks[rows, :-1] = stacks[rows, 1:]
+    stacks[rows, -1] = planes[rows]
+    stacks[is_first, :-1] = 0
+
+
 def check_atari_game(game: str) -> None:
     """Raises UserError, with the nearest name, unless ale-py has the game."""
     games = ale_py.roms.get_all_rom_ids()

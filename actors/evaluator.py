@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from actors.environments import VectorEnvironment, make_environment
+from actors.environments import VectorEnvironment, make_environment, push_planes
 from actors.policy import epsilon_greedy
 from common import params as params_module
 from common import wire
@@ -149,11 +149,12 @@ class _Game:
         spec = environment.spec
         self.stack: Array = np.zeros((1, spec.frame_stack, *spec.plane_shape), np.dtype(spec.plane_dtype))
         self._return = 0.0
-        self._push(environment.reset(seed), is_first=True)
+        push_planes(self.stack, environment.reset(seed), np.array([True]))
 
     def step(self, action: np.int64) -> None:
         result = self._environment.step(np.array([action]))
-        self._push(result.planes, is_first=bool(result.is_first[0]) or result.final_planes is not None)
+        begins = bool(result.is_first[0]) or result.final_planes is not None
+        push_planes(self.stack, result.planes, np.array([begins]))
         if result.is_first[0]:
             return
         self._return += float(result.reward[0])
@@ -161,9 +162,3 @@ class _Game:
             self.returns.append(self._return)
             self._return = 0.0
             self.episodes_left -= 1
-
-    def _push(self, planes: Array, *, is_first: bool) -> None:
-        self.stack[:, :-1] = self.stack[:, 1:]
-        if is_first:
-            self.stack[:, :-1] = 0
-        self.stack[:, -1] = planes

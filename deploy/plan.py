@@ -54,7 +54,7 @@ def plan_cpus(config: RunConfig, num_cpus: int) -> CpuPlan:
         )
     share = 1.0 if num_workers <= num_cpus else int(1000 * num_cpus / num_workers) / 1000
     # Threads that wait for one another at every operation must not share their processors with other roles: on two cores,
-    # with five roles, two threads did 15 % fewer updates than one (docs/benchmarks.md).
+    # with five roles, two threads did 16 % fewer updates than one (docs/benchmarks.md).
     spare = num_cpus - num_workers + 1 if num_workers <= num_cpus else num_cpus // 2
     threads = config.learner.num_threads or max(spare, 1)
     return CpuPlan(learner=share, shard=share, store=0.0, evaluator=share, actor=share, learner_threads=threads)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from ale_py.vector_env import AtariVectorEnv
 
-from actors.environments import GymnasiumEnvironment, make_environment
+from actors.environments import GymnasiumEnvironment, make_environment, push_planes
 from actors.policy import epsilon_greedy
 from common.config import EnvConfig
 from common.messages import Array
@@ -62,8 +62,7 @@ def _play(config: EnvConfig, network: QNetwork, epsilon: float, seed: int) -> It
             values = network(torch.from_numpy(stack)).numpy()
         actions = epsilon_greedy(rng, values, epsilon)
         step = environment.step(actions)
-        stack[:, :-1] = stack[:, 1:]
-        stack[:, -1] = step.planes
+        push_planes(stack, step.planes, step.is_first)
         ended = bool(step.terminated[0] or step.truncated[0])
         if shadow is not None:
             pictures, reward, terminated, truncated, _ = shadow.step(actions)
