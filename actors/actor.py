@@ -20,7 +20,6 @@ from common.errors import NonFiniteError
 from common.messages import Array, ParamsSnapshot, TransitionChunk
 from common.metrics import ActorStats
 from common.networks import QNetwork
-from common.planes import codec_of
 from common.priorities import priority
 from common.protocols import ParamsReader, ReplayWriter
 
@@ -54,7 +53,6 @@ class Actor:
         seeds = np.random.SeedSequence([seed, slot, incarnation])
         self._rng = np.random.default_rng(seeds)
         num_envs, spec = environment.num_envs, environment.spec
-        self._spec = spec
         self._n_step = NStepBuilder(
             num_envs=num_envs,
             n_step=config.n_step,
@@ -62,7 +60,7 @@ class Actor:
             reward_clip=config.reward_clip,
             terminal_reward=config.terminal_reward,
         )
-        self._chunks = [ChunkBuilder(spec, history=config.n_step + spec.frame_stack + 2) for _ in range(num_envs)]
+        self._chunks = [ChunkBuilder(spec, history=config.n_step + spec.frame_stack + 4) for _ in range(num_envs)]
         self._pending: tuple[Transitions, Array, dict[int, float]] | None = None
         self._outbox: deque[TransitionChunk] = deque()
         self._num_packed_chunks = 0
@@ -207,9 +205,11 @@ class Actor:
         """Adds one plane to every stack (or to those of `only`); stacks of a new episode begin with zeros."""
         rows = np.arange(len(planes)) if only is None else np.flatnonzero(only)
         push_planes(self._stacks, planes, is_first, rows)
-        self._plane[rows] += 1
+        self._plane[rows] += 1 + is_first[rows]  # A new episode's first plane follows a zero plane.
         self._first[is_first] = self._plane[is_first]
         for row in rows.tolist():
+            if is_first[row]:
+                self._chunks[row].begin_episode()
             self._chunks[row].add_plane(planes[row])
 
     def _finish_pending(self, values: Array) -> None:
@@ -242,8 +242,6 @@ class Actor:
             seq=self._num_packed_chunks,
             num_sent_before=self._num_packed,
             params_version=self._stats.params_version,
-            codec=codec_of(self._spec.plane_dtype),
-            plane_dtype=self._spec.plane_dtype,
             **fields,
         )
         self._num_packed_chunks += 1

@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from common.config import EnvSpec
 from common.messages import Array
-from common.planes import codec_of, encode_plane, join_planes
+from common.planes import codec_of, encode_block, join_blocks, planes_per_block
 
 
 class ChunkBuilder:
-    """The planes of one environment, each encoded once, and the transitions that wait to be sent.
+    """The planes of one environment, each encoded in its block, and the transitions that wait to be sent.
 
-    Planes are numbered as they come. An observation is (plane, first): the stack of the K planes that end with `plane`, of
-    which those before `first`, where the episode began, are zero. Invariant: every plane that a waiting transition or a
-    window of the n-step builder refers to is held; `history` is how far back those reach.
+    Planes are numbered as they come; `begin_episode` adds one too, a zero plane. An observation is (plane, first): the stack of
+    the K planes that end with `plane`, where those before `first`, with which the episode began, are the zero plane
+    `first - 1`. A full block is encoded once, however many chunks carry it; the open one with each chunk that needs it.
+
+    Invariant: every plane that a waiting transition or a window of the n-step builder refers to is held; `history` is how far
+    back those reach.
     """
 
     def __init__(self, spec: EnvSpec, *, history: int) -> None:
         self._spec, self._codec = spec, codec_of(spec.plane_dtype)
         self._history = history
-        self._zero = encode_plane(np.zeros(spec.plane_shape, np.dtype(spec.plane_dtype)), self._codec)
+        self._per_block = planes_per_block(spec.plane_shape, spec.plane_dtype)
         self._blocks: list[bytes] = []
         self._first_block = 0
+        self._open = np.zeros((self._per_block, *spec.plane_shape), np.dtype(spec.plane_dtype))
+        self._num_planes = 0
         self._rows: list[tuple[int, int, int, int, float, float, float]] = []
-        self.num_bytes = 0
 
     @property
     def num_transitions(self) -> int:
         return len(self._rows)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the planes held; those of the open block are taken to encode like those of the last full one."""
+        num_open = self._num_planes % self._per_block
+        last = len(self._blocks[-1]) if self._blocks else 0
+        return sum(map(len, self._blocks)) + num_open * last // self._per_block
+
+    def begin_episode(self) -> None:
+        """Adds the zero plane that stands for what was before the next plane."""
+        self.add_plane(np.zeros_like(self._open[0]))
+
     def add_plane(self, plane: Array) -> None:
-        """Encodes the next plane; its number is the count of those before it."""
-        block = encode_plane(plane, self._codec)
-        self._blocks.append(block)
-        self.num_bytes += len(block)
+        """Takes in the next plane; its number is the count of those before it."""
+        row = self._num_planes % self._per_block
+        self._open[row] = plane
+        self._num_planes += 1
+        if row + 1 == self._per_block:
+            self._blocks.append(encode_block(self._open, self._codec))
+            self._open[:] = 0
 
     def add_transition(
         self, source: int, destination: int, first: int, a_tm1: int, scalars: tuple[float, float, float]
@@ -45,22 +65,28 @@ class ChunkBuilder:
         """
         self._rows.append((source, destination, first, a_tm1, *scalars))
 
-    def take(self) -> dict[str, Array]:
-        """Returns the array fields of a TransitionChunk with all waiting transitions, and forgets what no later one needs."""
+    def take(self) -> dict[str, Any]:
+        """Returns the fields of a TransitionChunk with all waiting transitions, and forgets what no later one needs."""
         rows = np.array([row[:4] for row in self._rows], np.int64)
         scalars = np.array([row[4:] for row in self._rows], np.float64)
         ages = np.arange(self._spec.frame_stack - 1, -1, -1)
         stacks = rows[:, :2, None] - ages  # [T, 2, K]
-        stacks = np.where(stacks < rows[:, 2, None, None], -1, stacks)  # -1: the zero plane.
-        numbers, references = np.unique(stacks, return_inverse=True)
-        references = references.reshape(stacks.shape)
-        blocks = [self._zero if n < 0 else self._blocks[n - self._first_block] for n in numbers.tolist()]
-        offsets, data = join_planes(blocks)
+        first = rows[:, 2, None, None]
+        stacks = np.where(stacks < first, first - 1, stacks)
+        first_block, last_block = int(stacks.min()) // self._per_block, int(stacks.max()) // self._per_block
+        held = self._blocks[first_block - self._first_block : last_block + 1 - self._first_block]
+        if last_block == self._first_block + len(self._blocks):
+            held.append(encode_block(self._open, self._codec))
+        offsets, data = join_blocks(held)
+        references = stacks - first_block * self._per_block
         self._rows.clear()
         self._forget()
         return {
+            "codec": self._codec,
+            "plane_dtype": self._spec.plane_dtype,
+            "planes_per_block": self._per_block,
             "plane_shape": np.array(self._spec.plane_shape),
-            "plane_offsets": offsets,
+            "block_offsets": offsets,
             "plane_data": data,
             "s_tm1": references[:, 0],
             "s_t": references[:, 1],
@@ -71,7 +97,7 @@ class ChunkBuilder:
         }
 
     def _forget(self) -> None:
-        num_old = max(len(self._blocks) - self._history, 0)
+        oldest_block = max(self._num_planes - self._history, 0) // self._per_block
+        num_old = max(oldest_block - self._first_block, 0)
         del self._blocks[:num_old]
         self._first_block += num_old
-        self.num_bytes = sum(map(len, self._blocks))

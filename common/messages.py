@@ -3,7 +3,7 @@
 A field's metadata is its contract (dtype, symbolic dimensions, range); `common/wire.py` checks it when it unpacks.
 `check_valid` adds what spans several fields. Arrays may be read-only views of a received buffer: whoever keeps one copies it.
 
-Dimensions: T transitions, B batch items, K stacked planes, P planes, D bytes of plane data, N parameters.
+Dimensions: T transitions, B batch items, K stacked planes, J blocks of planes, D bytes of plane data, N parameters.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ CODECS = ("lz4", "raw")
 MAX_PRIORITY = 1e40  # Above any float32 TD error; sums of these stay far from overflow.
 MAX_CHUNK_BYTES = 1 << 26  # Of a chunk's planes when decoded: tiny blocks may stand for much memory.
 MAX_PLANE_BYTES = 1 << 24  # A plane of 4096 x 4096 bytes: no game's observation is larger.
+MAX_PLANES_PER_BLOCK = 64
 
 
 def array(dtype: str, *dims: str, low: float | None = None, high: float | None = None) -> Any:
@@ -37,36 +38,28 @@ def scalar(kind: type, low: float | None = None, high: float | None = None) -> A
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Planes:
-    """Observations, each held once and encoded on its own: the part that chunks and batches share.
+    """Observations, each held once, in encoded blocks of a few planes: the part that chunks and batches share.
 
-    Plane p is `plane_data[plane_offsets[p] : plane_offsets[p + 1]]`, an LZ4 block or raw bytes of one array of
-    `plane_shape` and `plane_dtype`. An image observation of K stacked frames is K planes; any other is one.
+    Block j is `plane_data[block_offsets[j] : block_offsets[j + 1]]`, an LZ4 block or raw bytes of
+    `[planes_per_block, *plane_shape]` of `plane_dtype`; plane p is row `p % planes_per_block` of block
+    `p // planes_per_block`. Successive frames of a game are nearly alike, so blocks of several are both smaller and faster to
+    decode than single planes. An image observation of K stacked frames is K planes; any other is one.
     """
 
     codec: str = scalar(str)
     plane_dtype: str = scalar(str)
+    planes_per_block: int = scalar(int, low=1, high=MAX_PLANES_PER_BLOCK)
     plane_shape: Array = array("<i4", "R", low=1, high=MAX_PLANE_BYTES)
-    plane_offsets: Array = array("<u4", "P+1")
+    block_offsets: Array = array("<u4", "J+1")
     plane_data: Array = array("|u1", "D")
 
     @property
-    def num_planes(self) -> int:
-        return len(self.plane_offsets) - 1
+    def num_blocks(self) -> int:
+        return len(self.block_offsets) - 1
 
-    def check_planes(self) -> None:
-        """Raises WireError unless codec, dtype and offsets describe `plane_data` exactly."""
-        if self.codec not in CODECS:
-            raise WireError(f"codec: {self.codec!r} is not one of {CODECS}")
-        if self.plane_dtype not in ("|u1", "<f4"):
-            raise WireError(f"plane_dtype: {self.plane_dtype!r} is neither |u1 nor <f4")
-        offsets = self.plane_offsets.astype(np.int64)
-        if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(self.plane_data) or (np.diff(offsets) <= 0).any():
-            raise WireError("plane_offsets: must rise from 0 to the length of plane_data")
-        num_bytes = self.plane_num_bytes
-        if num_bytes > MAX_PLANE_BYTES:
-            raise WireError(f"plane_shape: {num_bytes} bytes a plane, more than {MAX_PLANE_BYTES}")
-        if self.codec == "raw" and (np.diff(offsets) != num_bytes).any():
-            raise WireError(f"plane_offsets: raw planes must have {num_bytes} bytes each")
+    @property
+    def num_planes(self) -> int:
+        return self.num_blocks * self.planes_per_block
 
     @property
     def plane_num_bytes(self) -> int:
@@ -75,6 +68,26 @@ class Planes:
         for size in self.plane_shape.tolist():  # Python integers: they cannot overflow.
             elements *= size
         return elements * np.dtype(self.plane_dtype).itemsize
+
+    @property
+    def block_num_bytes(self) -> int:
+        """Bytes of one decoded block."""
+        return self.planes_per_block * self.plane_num_bytes
+
+    def check_planes(self) -> None:
+        """Raises WireError unless codec, dtype and offsets describe `plane_data` exactly."""
+        if self.codec not in CODECS:
+            raise WireError(f"codec: {self.codec!r} is not one of {CODECS}")
+        if self.plane_dtype not in ("|u1", "<f4"):
+            raise WireError(f"plane_dtype: {self.plane_dtype!r} is neither |u1 nor <f4")
+        if self.plane_num_bytes > MAX_PLANE_BYTES:
+            raise WireError(f"plane_shape: {self.plane_num_bytes} bytes a plane, more than {MAX_PLANE_BYTES}")
+        offsets = self.block_offsets.astype(np.int64)
+        lengths = np.diff(offsets)
+        if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(self.plane_data) or (lengths <= 0).any():
+            raise WireError("block_offsets: must rise from 0 to the length of plane_data")
+        if self.codec == "raw" and (lengths != self.block_num_bytes).any():
+            raise WireError(f"block_offsets: raw blocks must have {self.block_num_bytes} bytes each")
 
 
 def check_references(name: str, references: Array, num_planes: int) -> None:
@@ -113,7 +126,7 @@ class TransitionChunk(Planes):
         if not self.num_transitions or not self.s_tm1.shape[1]:
             raise WireError("s_tm1: a chunk holds at least one transition of at least one plane")
         if self.num_planes * self.plane_num_bytes > MAX_CHUNK_BYTES:
-            raise WireError(f"plane_offsets: {self.num_planes} planes of {self.plane_num_bytes} bytes decode to too much")
+            raise WireError(f"block_offsets: {self.num_planes} planes of {self.plane_num_bytes} bytes decode to too much")
         check_references("s_tm1", self.s_tm1, self.num_planes)
         check_references("s_t", self.s_t, self.num_planes)
 

@@ -79,8 +79,8 @@ class ShardStats:
     """Priorities applied."""
     num_stale_priority_updates: int
     """Priorities dropped, because their items had gone."""
-    used_bytes: int
-    """Live segments and the index of resident items."""
+    resident_bytes: int
+    """Memory of planes, index and tree that was ever written to: the shard's share of its process."""
     waits_for: list[str]
     """Who waits for this shard, for what."""
     senders: dict[tuple[int, int], SenderCount]

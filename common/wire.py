@@ -1,6 +1,6 @@
 """Packs a message as a msgpack header and raw buffers, and unpacks it without copying.
 
-    magic 4s | format version u16 | kind u16 | header bytes u32 | crc32 u32 | msgpack header | buffers, 8-byte aligned
+    magic 4s | format version u16 | kind u16 | header bytes u64 | xxh3 u64 | msgpack header | buffers, 8-byte aligned
 
 The header is `{"scalars": {name: value}, "arrays": {name: [shape, offset]}}`; dtypes are not sent, they are the message's.
 The same bytes go through Ray (as one uint8 array), into the durable log and onto disk. Nothing is ever unpickled.
@@ -11,18 +11,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-import zlib
 from typing import Any, TypeVar
 
 import msgpack
 import numpy as np
+import xxhash
 
 from common.errors import WireError
 from common.messages import Array, Message, ParamsSnapshot, PriorityUpdate, SampleBatch, TransitionChunk
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAGIC = b"QFLT"
-_PREFIX = struct.Struct("<4sHHII")
+_PREFIX = struct.Struct("<4sHHQQ")
 _ALIGNMENT = 8
 _KINDS: dict[int, type[Any]] = {1: TransitionChunk, 2: SampleBatch, 3: PriorityUpdate, 4: ParamsSnapshot}
 _KIND_OF = {cls: kind for kind, cls in _KINDS.items()}
@@ -49,10 +49,13 @@ def pack(message: Message) -> Array:
         end += -(-data.nbytes // _ALIGNMENT) * _ALIGNMENT
     header = msgpack.packb({"scalars": scalars, "arrays": shapes})
     start = _buffers_start(len(header))
-    out = np.zeros(start + end, np.uint8)
+    out = np.empty(start + end, np.uint8)
     out[_PREFIX.size : _PREFIX.size + len(header)] = np.frombuffer(header, np.uint8)
+    out[_PREFIX.size + len(header) : start] = 0
     for offset, data in buffers:
-        out[start + offset : start + offset + len(data)] = data
+        data_end = start + offset + len(data)
+        out[start + offset : data_end] = data
+        out[data_end : -(-data_end // _ALIGNMENT) * _ALIGNMENT] = 0  # The padding: `start` is a multiple too.
     prefix = _PREFIX.pack(MAGIC, FORMAT_VERSION, _KIND_OF[type(message)], len(header), _checksum(out))
     out[: _PREFIX.size] = np.frombuffer(prefix, np.uint8)
     return out
@@ -91,8 +94,8 @@ def _buffers_start(header_bytes: int) -> int:
 
 
 def _checksum(packed: Array) -> int:
-    """CRC-32 of all that follows the prefix: an altered message is refused, whichever bit it was."""
-    return zlib.crc32(packed[_PREFIX.size :].data)
+    """XXH3 (64 bits) of all that follows the prefix: an altered message is refused, whichever bit it was."""
+    return xxhash.xxh3_64_intdigest(packed[_PREFIX.size :].data)
 
 
 def _read_header(buffer: memoryview, cls: type[Any]) -> tuple[dict[str, Any], int]:
@@ -107,7 +110,7 @@ def _read_header(buffer: memoryview, cls: type[Any]) -> tuple[dict[str, Any], in
         raise WireError(f"kind: {kind} is not a {cls.__name__}")
     if header_bytes > _MAX_HEADER_BYTES or _buffers_start(header_bytes) > len(buffer):
         raise WireError(f"header: {header_bytes} bytes announced, {len(buffer) - _PREFIX.size} there: truncated")
-    if zlib.crc32(buffer[_PREFIX.size :]) != checksum:
+    if xxhash.xxh3_64_intdigest(buffer[_PREFIX.size :]) != checksum:
         raise WireError("checksum: the message was truncated or altered on its way")
     try:
         header = msgpack.unpackb(buffer[_PREFIX.size : _PREFIX.size + header_bytes], strict_map_key=True)

@@ -189,12 +189,12 @@ class Progress:
             return {}
         total = {
             name: sum(getattr(shard, name) for shard in self.shards)
-            for name in ("size", "used_bytes", "num_inserted", "num_evicted", "num_sampled", "num_refused_chunks")
+            for name in ("size", "resident_bytes", "num_inserted", "num_evicted", "num_sampled", "num_refused_chunks")
         }
         inserted = total["num_inserted"] - self.config.replay.min_size
         return {
             "shard/size_transitions": total["size"],
-            "shard/used_bytes": total["used_bytes"],
+            "shard/resident_bytes": total["resident_bytes"],
             "shard/inserted_transitions": total["num_inserted"],
             "shard/evicted_transitions": total["num_evicted"],
             "shard/sampled_transitions": total["num_sampled"],

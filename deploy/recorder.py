@@ -78,7 +78,7 @@ class Recorder:
             f"eps {row.get('actor/epsilon_mean', 1.0):.2f}",
             f"samples/insert {row.get('shard/samples_per_insert', 0.0):.2f}",
             f"lag {row.get('actor/params_lag_updates', 0)}",
-            f"replay {row.get('shard/size_transitions', 0):,} in {ByteSize(row.get('shard/used_bytes', 0))}",
+            f"replay {row.get('shard/size_transitions', 0):,} in {ByteSize(row.get('shard/resident_bytes', 0))}",
         ]
         return "  ".join(parts) + "".join(f"  [{sentence}]" for sentence in self._progress.waits()[:1])
 
@@ -118,7 +118,7 @@ class Recorder:
         )
         table.add_row(
             "replay",
-            f"{row.get('shard/size_transitions', 0):,} in {ByteSize(row.get('shard/used_bytes', 0))} of {config.replay.memory}",
+            f"{row.get('shard/size_transitions', 0):,} in {ByteSize(row.get('shard/resident_bytes', 0))} of {config.replay.memory}",
             "epsilon",
             f"{row.get('actor/epsilon_mean', 1.0):.3f}",
         )

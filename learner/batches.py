@@ -19,9 +19,9 @@ from torch import Tensor
 from common import wire
 from common.errors import WireError
 from common.messages import Array, PriorityUpdate, SampleBatch
-from common.planes import decode_planes
 from common.priorities import importance_weights
 from common.protocols import ReplayReader
+from learner.unpack import StackUnpacker
 
 _SHORTEST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.05
@@ -54,7 +54,12 @@ def shares(batch_size: int, num_shards: int) -> list[int]:
 
 
 def merge(
-    parts: Sequence[SampleBatch], *, importance_exponent: float, prepare: Callable[[Tensor], Tensor], device: torch.device
+    parts: Sequence[SampleBatch],
+    *,
+    unpacker: StackUnpacker,
+    importance_exponent: float,
+    prepare: Callable[[Tensor], Tensor],
+    device: torch.device,
 ) -> Batch:
     """Merges the shards' parts into one batch.
 
@@ -64,18 +69,15 @@ def merge(
     batch_size = sum(len(part.item_id) for part in parts)
     probability = np.concatenate([part.probability * (len(part.item_id) / batch_size) for part in parts])
     num_items = sum(part.size for part in parts)
-    decoded = [decode_planes(part) for part in parts]
-
-    def observations(name: str) -> Tensor:
-        stacks = np.concatenate([planes[getattr(part, name)] for planes, part in zip(decoded, parts, strict=True)])
-        return prepare(torch.from_numpy(stacks).to(device, non_blocking=True))
+    stacks = unpack_stacks(parts, unpacker)
+    s_tm1, s_t = (prepare(torch.from_numpy(half).to(device, non_blocking=True)) for half in stacks)
 
     def joined(name: str, dtype: type) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(part, name) for part in parts]).astype(dtype)).to(device)
 
     return Batch(
-        s_tm1=observations("s_tm1"),
-        s_t=observations("s_t"),
+        s_tm1=s_tm1,
+        s_t=s_t,
         a_tm1=joined("a_tm1", np.int64),
         r_t=joined("r_t", np.float32),
         discount_t=joined("discount_t", np.float32),
@@ -83,6 +85,19 @@ def merge(
         shares=tuple((part.shard_index, part.shard_epoch, part.item_id.copy()) for part in parts),
         mean_params_version=float(np.mean(np.concatenate([part.params_version for part in parts]))),
     )
+
+
+def unpack_stacks(parts: Sequence[SampleBatch], unpacker: StackUnpacker) -> Array:
+    """Returns [2, B, K, *plane_shape] of the planes' dtype: s_tm1 and s_t of all parts, in their order."""
+    one = parts[0]
+    batch_size = sum(len(part.item_id) for part in parts)
+    shape = (2, batch_size, one.s_tm1.shape[1], *one.plane_shape.tolist())
+    stacks = np.empty(shape, np.dtype(one.plane_dtype))
+    first = 0
+    for part in parts:
+        unpacker.unpack(part, stacks, first)
+        first += len(part.item_id)
+    return stacks
 
 
 class BatchSource:
@@ -99,6 +114,7 @@ class BatchSource:
         batch_size: int,
         importance_exponent: float,
         prefetch_batches: int,
+        num_unpack_threads: int,
         prepare: Callable[[Tensor], Tensor],
         device: torch.device,
     ) -> None:
@@ -106,6 +122,7 @@ class BatchSource:
         self._shares = shares(batch_size, len(readers))
         self._importance_exponent, self._prepare, self._device = importance_exponent, prepare, device
         self._prefetch_batches = prefetch_batches
+        self._unpacker = StackUnpacker(num_unpack_threads)
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(prefetch_batches)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -124,6 +141,7 @@ class BatchSource:
         while self._thread is not None and self._thread.is_alive():
             self._drain()
             self._thread.join(0.05)
+        self._unpacker.close()
 
     def num_ready(self) -> int:
         return self._queue.qsize()
@@ -180,7 +198,13 @@ class BatchSource:
                 parts = [part for part in self._parts if part is not None]
                 self._parts = [None] * len(self._readers)
                 self.waits_for = None
-                return merge(parts, importance_exponent=self._importance_exponent, prepare=self._prepare, device=self._device)
+                return merge(
+                    parts,
+                    unpacker=self._unpacker,
+                    importance_exponent=self._importance_exponent,
+                    prepare=self._prepare,
+                    device=self._device,
+                )
             if time.monotonic() + pause > deadline or self._stopping.is_set():
                 return None
             time.sleep(pause)

@@ -17,13 +17,14 @@ from common.config import ByteSize, EnvSpec
 from common.errors import UserError, WireError
 from common.messages import Array, PriorityUpdate, SampleBatch, TransitionChunk
 from common.metrics import SenderCount, ShardStats
-from common.planes import codec_of, decode_planes
+from common.planes import check_blocks, codec_of, decode_planes, join_blocks, planes_per_block
 from common.protocols import InsertReply, SampleReply
 from replay_server.limiter import RateLimiter
 from replay_server.storage import SegmentStore
 from replay_server.sum_tree import SumTree
 
 _MIN_SEGMENTS = 8
+_MOST_SEGMENTS = 64  # Where they may be smaller: to make room, the items of a whole segment go.
 _MAX_SEGMENT_BYTES = 4 << 20
 _MIN_SEGMENT_BYTES = 128 << 10
 
@@ -31,7 +32,7 @@ _MIN_SEGMENT_BYTES = 128 << 10
 class ReplayShard:
     """One shard of the replay.
 
-    It holds, for each item, two stacks of references into a record of planes, and the scalars; records are the planes of one
+    It holds, for each item, two stacks of references into a record of planes, and the scalars; a record is the blocks of one
     chunk with their table of offsets, as received. `item_id` rises by one per insert and is never reused;
     `(shard_epoch, item_id)` names an item for ever; its slot is `item_id % capacity`.
 
@@ -57,7 +58,8 @@ class ReplayShard:
     ) -> None:
         """All quantities are this shard's own share; `memory` in bytes. Raises UserError where the budget is too small."""
         self._run, self._spec = run, spec
-        self._plane_num_bytes = int(np.prod(spec.plane_shape)) * np.dtype(spec.plane_dtype).itemsize
+        self._codec = codec_of(spec.plane_dtype)
+        self._planes_per_block = planes_per_block(spec.plane_shape, spec.plane_dtype)
         self._shard_index, self._shard_epoch = shard_index, shard_epoch
         self._capacity = capacity
         self._priority_exponent = priority_exponent
@@ -150,7 +152,7 @@ class ReplayShard:
             last_refusal=self._last_refusal,
             num_priority_updates=self._num_priority_updates,
             num_stale_priority_updates=self._num_stale_priority_updates,
-            used_bytes=self._store.used_bytes() + size * _index_bytes_per_item(self._spec.frame_stack, self._tree is not None),
+            resident_bytes=self._store.resident_bytes + self._index_resident_bytes(),
             waits_for=[w for w in (self.may_insert(), self._may_sample(1)) if w],
             senders={sender: replace(count) for sender, count in self._senders.items()},
         )
@@ -180,8 +182,10 @@ class ReplayShard:
             raise WireError(f"run: the chunk is of run {chunk.run!r}, this is {self._run!r}")
         if tuple(chunk.plane_shape.tolist()) != spec.plane_shape or chunk.plane_dtype != spec.plane_dtype:
             raise WireError(f"plane_shape: {tuple(chunk.plane_shape.tolist())} {chunk.plane_dtype}, expected {spec}")
-        if chunk.codec != codec_of(spec.plane_dtype):
-            raise WireError(f"codec: {chunk.codec!r}, expected {codec_of(spec.plane_dtype)!r}")
+        if chunk.codec != self._codec:
+            raise WireError(f"codec: {chunk.codec!r}, expected {self._codec!r}")
+        if chunk.planes_per_block != self._planes_per_block:
+            raise WireError(f"planes_per_block: {chunk.planes_per_block}, expected {self._planes_per_block}")
         if chunk.s_tm1.shape[1] != spec.frame_stack:
             raise WireError(f"s_tm1: stacks of {chunk.s_tm1.shape[1]} planes, expected {spec.frame_stack}")
         if int(chunk.a_tm1.max()) >= spec.num_actions:
@@ -190,7 +194,7 @@ class ReplayShard:
             raise WireError(f"a_tm1: {chunk.num_transitions} transitions, but this shard's capacity is {self._capacity}")
         if _record_bytes(chunk) > self._store.record_limit:
             raise WireError(f"plane_data: {_record_bytes(chunk)} bytes, but a record has at most {self._store.record_limit}")
-        decode_planes(chunk)
+        check_blocks(chunk)
 
     def _append(self, chunk: TransitionChunk) -> None:
         first, end = self._next_item_id, self._next_item_id + chunk.num_transitions
@@ -198,18 +202,18 @@ class ReplayShard:
         while (address := self._store.allocate(_record_bytes(chunk), end)) is None:
             self._starves |= self.size < self._limiter.min_size
             self._evict_before(self._store.oldest_segment_end())
-        table_bytes = chunk.plane_offsets.nbytes
+        table_bytes = chunk.block_offsets.nbytes
         words = self._store.words[address // 4 : (address + table_bytes) // 4]
-        np.add(chunk.plane_offsets, table_bytes, out=words)  # Offsets from the start of the record.
+        np.add(chunk.block_offsets, table_bytes, out=words)  # Offsets from the start of the record.
         self._store.bytes[address + table_bytes : address + _record_bytes(chunk)] = chunk.plane_data
-        slots = np.arange(first, end) % self._capacity
-        items = self._items
-        items["address"][slots] = address
-        items["params_version"][slots] = chunk.params_version
-        for name in ("s_tm1", "s_t", "a_tm1", "r_t", "discount_t"):
-            items[name][slots] = getattr(chunk, name)
-        if self._tree is not None:
-            self._tree.set(slots, chunk.priority**self._priority_exponent)
+        for slot, start, num in self._slot_ranges(first, end):
+            items = self._items[slot : slot + num]
+            items["address"] = address
+            items["params_version"] = chunk.params_version
+            for name in ("s_tm1", "s_t", "a_tm1", "r_t", "discount_t"):
+                items[name] = getattr(chunk, name)[start : start + num]
+            if self._tree is not None:
+                self._tree.set_range(slot, chunk.priority[start : start + num] ** self._priority_exponent, num)
         self._next_item_id = end
 
     def _evict_before(self, item_id: int) -> None:
@@ -217,10 +221,19 @@ class ReplayShard:
         if item_id <= self._oldest_item_id:
             return
         if self._tree is not None:
-            slots = np.arange(self._oldest_item_id, item_id) % self._capacity
-            self._tree.set(slots, np.zeros(len(slots)))
+            for slot, _, num in self._slot_ranges(self._oldest_item_id, item_id):
+                self._tree.set_range(slot, 0.0, num)
         self._oldest_item_id = item_id
         self._store.release_before(item_id)
+
+    def _slot_ranges(self, first: int, end: int) -> list[tuple[int, int, int]]:
+        """Returns the runs of slots of items [first, end), at most two: (first slot, items before it, its length)."""
+        slot = first % self._capacity
+        num = min(end - first, self._capacity - slot)
+        ranges = [(slot, 0, num)]
+        if num < end - first:
+            ranges.append((0, num, end - first - num))
+        return ranges
 
     def _draw(self, num_items: int) -> tuple[Array, Array]:
         """Returns (item_id i64[B], probability f64[B])."""
@@ -235,31 +248,32 @@ class ReplayShard:
     def _gather(self, item_id: Array, probability: Array) -> SampleBatch:
         items = self._items[item_id % self._capacity]
         references = np.concatenate([items["s_tm1"], items["s_t"]], axis=1).astype(np.int64)  # [B, 2K]
-        words = items["address"][:, None] // 4 + references
-        # A plane that several stacks share is sent once. A plane is where its entry in a record's table is.
+        blocks, rows = np.divmod(references, self._planes_per_block)
+        # A block is named by where its entry in a record's table is; one that several stacks share is sent once.
+        words = items["address"][:, None] // 4 + blocks
         unique_words, where = np.unique(words, return_inverse=True)
-        where = where.reshape(words.shape).astype(np.int32)
-        record = np.zeros(len(unique_words), np.int64)
+        where = where.reshape(words.shape)
+        record = np.empty(len(unique_words), np.int64)
         record[where] = items["address"][:, None]
         starts = record + self._store.words[unique_words]
         ends = record + self._store.words[unique_words + 1]
         view = self._store.bytes.data
-        blob = b"".join([view[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)])
-        offsets = np.zeros(len(starts) + 1, np.uint32)
-        np.cumsum(ends - starts, out=offsets[1:])
+        offsets, data = join_blocks([view[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)])
+        stacks = where * self._planes_per_block + rows
         stack = self._spec.frame_stack
         batch = SampleBatch(
-            codec=codec_of(self._spec.plane_dtype),
+            codec=self._codec,
             plane_dtype=self._spec.plane_dtype,
+            planes_per_block=self._planes_per_block,
             plane_shape=np.array(self._spec.plane_shape),
-            plane_offsets=offsets,
-            plane_data=np.frombuffer(blob, np.uint8),
+            block_offsets=offsets,
+            plane_data=data,
             shard_index=self._shard_index,
             shard_epoch=self._shard_epoch,
             size=self.size,
             priority_mass=self._tree.total() if self._tree is not None else float(self.size),
-            s_tm1=where[:, :stack],
-            s_t=where[:, stack:],
+            s_tm1=stacks[:, :stack],
+            s_t=stacks[:, stack:],
             a_tm1=items["a_tm1"],
             r_t=items["r_t"],
             discount_t=items["discount_t"],
@@ -267,14 +281,13 @@ class ReplayShard:
             probability=probability,
             params_version=items["params_version"],
         )
-        return batch if self._send_compressed else self._decoded(batch)
+        return batch if self._send_compressed or self._codec == "raw" else _decoded(batch)
 
-    def _decoded(self, batch: SampleBatch) -> SampleBatch:
-        planes = decode_planes(batch)
-        offsets = np.arange(len(planes) + 1, dtype=np.uint32) * self._plane_num_bytes
-        fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
-        data = np.ascontiguousarray(planes).view(np.uint8).reshape(-1)
-        return SampleBatch(**fields | {"codec": "raw", "plane_offsets": offsets, "plane_data": data})
+    def _index_resident_bytes(self) -> int:
+        """Bytes of index and tree that were ever written to; slots are used in turn."""
+        num_touched = min(self._next_item_id, self._capacity)
+        tree = SumTree.num_bytes(num_touched) if self._tree is not None else 0
+        return num_touched * self._items.itemsize + tree
 
     def _count(self, chunk: TransitionChunk, *, inserted: int, refused: int) -> None:
         count = self._senders[chunk.actor_slot, chunk.incarnation]
@@ -285,7 +298,12 @@ class ReplayShard:
 
 def min_memory(capacity: int, frame_stack: int, *, prioritized: bool) -> int:
     """Returns the least bytes of one shard of this capacity: its index, and the smallest store of planes."""
-    return capacity * _index_bytes_per_item(frame_stack, prioritized) + _MIN_SEGMENTS * _MIN_SEGMENT_BYTES
+    return index_bytes(capacity, frame_stack, prioritized=prioritized) + _MIN_SEGMENTS * _MIN_SEGMENT_BYTES
+
+
+def index_bytes(capacity: int, frame_stack: int, *, prioritized: bool) -> int:
+    """Returns the bytes of one shard beside its planes: the items' rows and the tree."""
+    return capacity * _item_dtype(frame_stack).itemsize + (SumTree.num_bytes(capacity) if prioritized else 0)
 
 
 def _item_dtype(frame_stack: int) -> np.dtype[Any]:
@@ -302,11 +320,6 @@ def _item_dtype(frame_stack: int) -> np.dtype[Any]:
     )
 
 
-def _index_bytes_per_item(frame_stack: int, prioritized: bool) -> int:
-    """Bytes beside the planes: the item's row, and at most four nodes of the tree."""
-    return _item_dtype(frame_stack).itemsize + (32 if prioritized else 0)
-
-
 def _make_store(memory: int, capacity: int, frame_stack: int, *, prioritized: bool) -> SegmentStore:
     least = min_memory(capacity, frame_stack, prioritized=prioritized)
     if memory < least:
@@ -314,10 +327,26 @@ def _make_store(memory: int, capacity: int, frame_stack: int, *, prioritized: bo
             f"replay.memory gives a shard {ByteSize(memory)}, but its capacity of {capacity} transitions needs at least "
             f"{ByteSize(least)}: raise --replay.memory or lower --replay.capacity"
         )
-    num_bytes = memory - capacity * _index_bytes_per_item(frame_stack, prioritized)
-    segment = min(_MAX_SEGMENT_BYTES, num_bytes // _MIN_SEGMENTS)
-    return SegmentStore(num_bytes, segment)
+    num_bytes = memory - index_bytes(capacity, frame_stack, prioritized=prioritized)
+    num_segments = min(num_bytes // _MIN_SEGMENT_BYTES, max(_MOST_SEGMENTS, -(-num_bytes // _MAX_SEGMENT_BYTES)))
+    return SegmentStore(num_bytes, num_bytes // num_segments)
 
 
 def _record_bytes(chunk: TransitionChunk) -> int:
-    return int(chunk.plane_offsets.nbytes + chunk.plane_data.nbytes)
+    return int(chunk.block_offsets.nbytes + chunk.plane_data.nbytes)
+
+
+def _decoded(batch: SampleBatch) -> SampleBatch:
+    """Returns the batch with the planes that it refers to decoded, one to a block, and no others."""
+    used, where = np.unique(np.stack([batch.s_tm1, batch.s_t]), return_inverse=True)
+    planes = np.ascontiguousarray(decode_planes(batch)[used]).view(np.uint8).reshape(len(used), -1)
+    s_tm1, s_t = where.reshape(2, *batch.s_tm1.shape)
+    return replace(
+        batch,
+        codec="raw",
+        planes_per_block=1,
+        block_offsets=np.arange(len(used) + 1) * planes.shape[1],
+        plane_data=planes.reshape(-1),
+        s_tm1=s_tm1,
+        s_t=s_t,
+    )

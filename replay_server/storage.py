@@ -16,7 +16,7 @@ class SegmentStore:
     """Records laid end to end in fixed segments; a segment is free again when its last item has gone.
 
     The whole budget is one lazily committed array, so that an address is one number and a gather needs no Python loop over
-    segments. The lowest free segment is used first, so resident memory is what the live records need, plus one segment.
+    segments. The lowest free segment is used first, so resident memory is what the live records needed at their most.
 
     Invariants (`check_valid`): live segments are in the order of their items; free and live ones are disjoint and all.
     """
@@ -29,15 +29,14 @@ class SegmentStore:
         self.words: Array = self.bytes.view(np.uint32)
         self._free = list(range(self._num_segments))
         self._live: deque[list[int]] = deque()  # [segment, bytes used, id after its last item], oldest first.
+        self._touched_bytes = [0] * self._num_segments  # The furthest that each was ever written to.
+        self.resident_bytes = 0
+        """Bytes ever written to: what the region takes of the machine's memory, which it does not give back."""
 
     @property
     def record_limit(self) -> int:
         """Bytes of the largest record that fits."""
         return self._segment_bytes
-
-    def used_bytes(self) -> int:
-        """Bytes of live segments."""
-        return len(self._live) * self._segment_bytes
 
     def allocate(self, num_bytes: int, end_item_id: int) -> int | None:
         """Returns the address of room for a record whose items end before `end_item_id`, or None where all is full."""
@@ -51,6 +50,9 @@ class SegmentStore:
         address = segment[0] * self._segment_bytes + segment[1]
         segment[1] += num_bytes
         segment[2] = end_item_id
+        newly_touched = max(segment[1] - self._touched_bytes[segment[0]], 0)
+        self._touched_bytes[segment[0]] += newly_touched
+        self.resident_bytes += newly_touched
         return address
 
     def oldest_segment_end(self) -> int:
@@ -67,3 +69,4 @@ class SegmentStore:
         assert sorted(live + self._free) == list(range(self._num_segments))
         ends = [segment[2] for segment in self._live]
         assert ends == sorted(ends)
+        assert self.resident_bytes == sum(self._touched_bytes) <= len(self.bytes)

@@ -9,21 +9,28 @@ import numpy as np
 import pytest
 
 from common.messages import Array, TransitionChunk
-from common.planes import codec_of, encode_plane, join_planes
+from common.planes import codec_of, encode_block, join_blocks, planes_per_block
 
 
 @pytest.fixture
 def encode_planes() -> Callable[[Array], dict[str, Any]]:
-    """Returns the `Planes` fields of [P, *plane_shape] observations, as a chunk or a batch takes them."""
+    """Returns the `Planes` fields of [P, *plane_shape] observations, as a chunk or a batch takes them.
+
+    The last block is filled up with planes of zeros.
+    """
 
     def encode(planes: Array, codec: str | None = None) -> dict[str, Any]:
         codec = codec or codec_of(planes.dtype.str)
-        offsets, data = join_planes([encode_plane(plane, codec) for plane in planes])
+        per_block = planes_per_block(planes.shape[1:], planes.dtype.str) if codec == "lz4" else 1
+        padding = np.zeros((-len(planes) % per_block, *planes.shape[1:]), planes.dtype)
+        blocks = np.concatenate([planes, padding]).reshape(-1, per_block, *planes.shape[1:])
+        offsets, data = join_blocks([encode_block(block, codec) for block in blocks])
         return {
             "codec": codec,
             "plane_dtype": planes.dtype.str,
+            "planes_per_block": per_block,
             "plane_shape": np.array(planes.shape[1:], np.int32),
-            "plane_offsets": offsets,
+            "block_offsets": offsets,
             "plane_data": data,
         }
 
@@ -38,7 +45,7 @@ def make_chunk(encode_planes: Callable[[Array], dict[str, Any]]) -> Callable[...
         rng: np.random.Generator,
         *,
         num_transitions: int = 3,
-        num_planes: int = 5,
+        num_planes: int = 20,
         frame_stack: int = 2,
         plane_shape: tuple[int, ...] = (4, 6),
         plane_dtype: str = "|u1",

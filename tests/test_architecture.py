@@ -17,10 +17,10 @@ OURS = {
     "deploy": set(PACKAGES),
 }
 OTHERS = {
-    "common": {"numpy", "msgpack", "lz4", "torch"},
+    "common": {"numpy", "msgpack", "lz4", "xxhash", "torch"},
     "actors": {"numpy", "torch", "gymnasium", "ale_py"},
     "replay_server": {"numpy", "lz4", "msgpack"},
-    "learner": {"numpy", "torch", "safetensors", "msgpack"},
+    "learner": {"numpy", "torch", "safetensors", "msgpack", "lz4", "numba", "llvmlite"},
     "deploy": {"numpy", "torch", "gymnasium", "ale_py", "ray", "tyro", "rich", "tensorboard", "matplotlib", "psutil", "av"},
 }
 TORCH_IN_COMMON = {"networks.py", "params.py"}

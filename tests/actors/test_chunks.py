@@ -1,4 +1,4 @@
-"""Chunks: every plane encoded once and sent with those it belongs to; old ones are forgotten."""
+"""Chunks: every full block of planes encoded once and sent with those it belongs to; old ones are forgotten."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import actors.chunks
 from actors.chunks import ChunkBuilder
 from common.config import EnvSpec
 from common.messages import TransitionChunk
-from common.planes import codec_of
+from common.planes import decode_planes
 
 PIXELS = EnvSpec((6, 5), "|u1", 4, 3)
 VECTOR = EnvSpec((3,), "<f4", 1, 3)
@@ -31,8 +31,6 @@ def chunk_of(spec, fields):
         seq=0,
         num_sent_before=0,
         params_version=0,
-        codec=codec_of(spec.plane_dtype),
-        plane_dtype=spec.plane_dtype,
         **fields,
     )
     chunk.check_valid()
@@ -47,7 +45,9 @@ def fill(builder, spec, numbers):
 def test_chunk_stacks_are_zero_before_the_episode_and_never_reach_over_its_start(rows_of):
     """Kills: a stack that repeats the first plane, one that reaches into the last episode, one that is off by a plane."""
     builder = ChunkBuilder(PIXELS, history=9)
-    fill(builder, PIXELS, range(12))
+    fill(builder, PIXELS, range(6))
+    builder.begin_episode()  # Plane 6 is zero.
+    fill(builder, PIXELS, range(7, 12))
     builder.add_transition(8, 10, 7, 2, (1.5, 0.81, 3.0))  # The episode began at plane 7.
     ((s_tm1, a_tm1, r_t, discount_t, s_t),) = rows_of(chunk_of(PIXELS, builder.take()))
     zero = np.zeros((6, 5), np.uint8)
@@ -57,23 +57,35 @@ def test_chunk_stacks_are_zero_before_the_episode_and_never_reach_over_its_start
     assert discount_t == pytest.approx(0.81)
 
 
-def test_chunk_encodes_and_sends_each_plane_once(monkeypatch):
+def test_chunk_encodes_each_full_block_once(monkeypatch):
     encoded = []
-    encode = actors.chunks.encode_plane
-    monkeypatch.setattr(actors.chunks, "encode_plane", lambda plane, codec: encoded.append(0) or encode(plane, codec))
+    encode = actors.chunks.encode_block
+    monkeypatch.setattr(actors.chunks, "encode_block", lambda planes, codec: encoded.append(0) or encode(planes, codec))
     builder = ChunkBuilder(PIXELS, history=9)
-    encoded.clear()  # The zero plane.
-    fill(builder, PIXELS, range(20))
-    for source in range(5, 15):
+    fill(builder, PIXELS, range(20))  # Two full blocks, and four planes of the third.
+    assert len(encoded) == 2
+    for source in range(11, 15):
         builder.add_transition(source, source + 1, 0, 0, (0.0, 1.0, 1.0))
-    fields = builder.take()
-    assert len(encoded) == 20
-    # Ten transitions of four stacked planes: 8 references each, but only planes 2 to 15 and no zero.
-    assert len(fields["plane_offsets"]) - 1 == 14
-    fill(builder, PIXELS, range(20, 22))
-    builder.add_transition(20, 21, 0, 0, (0.0, 1.0, 1.0))
-    builder.take()
-    assert len(encoded) == 22
+    assert len(builder.take()["block_offsets"]) - 1 == 1  # Planes 8 to 15: not the open block, nor the first.
+    assert len(encoded) == 2
+    for _ in range(2):
+        builder.add_transition(15, 18, 0, 0, (0.0, 1.0, 1.0))
+        fields = builder.take()
+    assert len(fields["block_offsets"]) - 1 == 2
+    assert len(encoded) == 4  # The open block with each chunk that needs it.
+    fill(builder, PIXELS, range(20, 24))
+    assert len(encoded) == 5
+
+
+def test_chunk_open_block_is_filled_up_with_zeros(rows_of):
+    """Kills planes of the last block that show through in the next one, which would make it longer."""
+    builder = ChunkBuilder(PIXELS, history=9)
+    fill(builder, PIXELS, range(9))
+    builder.add_transition(7, 8, 0, 0, (0.0, 1.0, 1.0))
+    planes = decode_planes(chunk_of(PIXELS, builder.take()))
+    np.testing.assert_array_equal(planes[8], plane_of(PIXELS, 8))
+    assert len(planes) == 16
+    assert not planes[9:].any()
 
 
 def test_chunk_num_bytes_counts_what_is_held():
@@ -106,13 +118,15 @@ def test_chunk_long_run_does_not_grow(spec, rows_of):
     """3000 planes through a builder that takes every seventh: what it holds stays, and what comes out is still right."""
     history, most = 12, 0
     builder = ChunkBuilder(spec, history=history)
-    fill(builder, spec, [0])
-    for number in range(1, 3000):
+    builder.begin_episode()  # Plane 0.
+    fill(builder, spec, [1])
+    for number in range(2, 3000):
         fill(builder, spec, [number])
-        builder.add_transition(number - 1, number, 0, 0, (0.0, 1.0, 1.0))
+        builder.add_transition(number - 1, number, 1, 0, (0.0, 1.0, 1.0))
         most = max(most, builder.num_bytes)
         if number % 7 == 0:
             rows = rows_of(chunk_of(spec, builder.take()))
             np.testing.assert_array_equal(rows[-1][4][-1], plane_of(spec, number))
-    plane_bytes = VECTOR_BYTES if spec is VECTOR else 6 * 5 + 4  # LZ4 of noise is a few bytes longer than the noise.
-    assert most <= (history + 7) * plane_bytes
+    plane_bytes = VECTOR_BYTES if spec is VECTOR else 6 * 5 + 1  # LZ4 of noise is a few bytes longer than the noise.
+    whole_blocks = 0 if spec is VECTOR else 7
+    assert most <= (history + 7 + whole_blocks) * plane_bytes

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import struct
-import zlib
 
 import msgpack
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ from common import wire
 from common.errors import UserError, WireError
 from common.messages import ParamsSnapshot, PriorityUpdate, SampleBatch, TransitionChunk
 
-PREFIX = struct.Struct("<4sHHII")  # Magic, format version, kind, header bytes, checksum: written anew, not taken from wire.py.
+PREFIX = struct.Struct("<4sHHQQ")  # Magic, format version, kind, header bytes, checksum: written anew, not taken from wire.py.
 ALIGNMENT = 8
 
 
@@ -40,8 +40,9 @@ def make_batch(**fields):
     defaults = {
         "codec": "raw",
         "plane_dtype": "<f4",
+        "planes_per_block": 1,
         "plane_shape": np.array([3]),
-        "plane_offsets": np.array([0, 12, 24]),
+        "block_offsets": np.array([0, 12, 24]),
         "plane_data": np.arange(6, dtype=np.float32).view(np.uint8),
         "shard_index": 1,
         "shard_epoch": 2,
@@ -70,7 +71,7 @@ def make_messages(make_chunk):
     return make
 
 
-def repack(packed, *, edit=None, version=1, kind=None, header=None, tail=b""):
+def repack(packed, *, edit=None, version=2, kind=None, header=None, tail=b""):
     """Returns the message with an edited header and a right checksum: what a faulty or hostile sender could send.
 
     `edit` changes the header in place; `header` replaces it; the buffers stay as they are.
@@ -85,7 +86,7 @@ def repack(packed, *, edit=None, version=1, kind=None, header=None, tail=b""):
             edit(values)
         header = msgpack.packb(values)
     body = header + bytes(-(PREFIX.size + len(header)) % ALIGNMENT) + data[start:] + tail
-    prefix = PREFIX.pack(b"QFLT", version, old_kind if kind is None else kind, len(header), zlib.crc32(body))
+    prefix = PREFIX.pack(b"QFLT", version, old_kind if kind is None else kind, len(header), xxhash.xxh3_64_intdigest(body))
     return np.frombuffer(prefix + body, np.uint8)
 
 
@@ -190,7 +191,7 @@ def test_bytes_after_the_end_are_refused(make_messages):
 
 def test_a_newer_format_version_is_refused_by_number():
     packed = wire.pack(make_update())
-    with pytest.raises(WireError, match=r"^format version: 731, but this code reads 1\b"):
+    with pytest.raises(WireError, match=r"^format version: 731, but this code reads 2\b"):
         wire.unpack(repack(packed, version=731), PriorityUpdate)
     packed[4:6] = np.frombuffer(struct.pack("<H", 731), np.uint8)  # Also where a newer version has another checksum.
     with pytest.raises(WireError, match=r"^format version: 731\b"):
@@ -389,17 +390,17 @@ BAD_BATCHES = [
     ({"plane_dtype": "|O"}, r"^plane_dtype: '\|O'"),
     ({"plane_shape": np.array([0])}, r"^plane_shape: 0 is below 1"),
     ({"plane_shape": np.array([-3])}, r"^plane_shape: -3 is below 1"),
-    ({"plane_shape": np.array([4])}, r"^plane_offsets: raw planes must have 16 bytes each"),
+    ({"plane_shape": np.array([4])}, r"^block_offsets: raw blocks must have 16 bytes each"),
     ({"plane_shape": np.array([1 << 22, 2])}, r"^plane_shape: 33554432 bytes a plane"),
     ({"plane_shape": np.array([1 << 22] * 4)}, r"^plane_shape: \d{20,} bytes a plane"),  # 2**90: overflows an int64.
-    ({"plane_offsets": np.array([0])}, r"^plane_offsets: must rise"),
-    ({"plane_offsets": np.array([], np.int64)}, r"^plane_offsets: must rise"),
-    ({"plane_offsets": np.array([4, 12, 24])}, r"^plane_offsets: must rise"),
-    ({"plane_offsets": np.array([0, 12, 23])}, r"^plane_offsets: must rise"),
-    ({"plane_offsets": np.array([0, 12, 28])}, r"^plane_offsets: must rise"),
-    ({"plane_offsets": np.array([0, 12, 12, 24])}, r"^plane_offsets: must rise"),
-    ({"plane_offsets": np.array([0, 24, 12, 24])}, r"^plane_offsets: must rise"),
-    ({"plane_offsets": np.array([0, 8, 24])}, r"^plane_offsets: raw planes must have 12 bytes each"),
+    ({"block_offsets": np.array([0])}, r"^block_offsets: must rise"),
+    ({"block_offsets": np.array([], np.int64)}, r"^block_offsets: must rise"),
+    ({"block_offsets": np.array([4, 12, 24])}, r"^block_offsets: must rise"),
+    ({"block_offsets": np.array([0, 12, 23])}, r"^block_offsets: must rise"),
+    ({"block_offsets": np.array([0, 12, 28])}, r"^block_offsets: must rise"),
+    ({"block_offsets": np.array([0, 12, 12, 24])}, r"^block_offsets: must rise"),
+    ({"block_offsets": np.array([0, 24, 12, 24])}, r"^block_offsets: must rise"),
+    ({"block_offsets": np.array([0, 8, 24])}, r"^block_offsets: raw blocks must have 12 bytes each"),
 ]
 
 
@@ -440,8 +441,8 @@ def test_a_chunk_of_nothing_is_refused(make_chunk):
 def test_a_chunk_with_a_reference_past_its_planes_is_refused(make_chunk):
     rng = np.random.default_rng(0)
     for name in ("s_tm1", "s_t"):
-        references = np.array([[0, 4], [5, 1], [2, 2]])
-        with pytest.raises(WireError, match=rf"^{name}: refers to plane 5 of 5"):
+        references = np.array([[0, 4], [24, 1], [23, 2]])  # 20 planes fill three blocks of 8.
+        with pytest.raises(WireError, match=rf"^{name}: refers to plane 24 of 24"):
             wire.unpack(wire.pack(make_chunk(rng, **{name: references})), TransitionChunk)
 
 

@@ -18,7 +18,7 @@ def shard(index, size, evicted, senders):
         last_refusal=None,
         num_priority_updates=0,
         num_stale_priority_updates=0,
-        used_bytes=0,
+        resident_bytes=0,
         waits_for=[],
         senders={sender: SenderCount(*counts) for sender, counts in senders.items()},
     )

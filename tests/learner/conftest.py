@@ -43,8 +43,9 @@ class FakeShard:
         batch = SampleBatch(
             codec="raw",
             plane_dtype="<f4",
+            planes_per_block=1,
             plane_shape=np.array([3]),
-            plane_offsets=np.arange(len(planes) + 1) * 12,
+            block_offsets=np.arange(len(planes) + 1) * 12,
             plane_data=planes.view(np.uint8).reshape(-1),
             shard_index=self.index,
             shard_epoch=3,

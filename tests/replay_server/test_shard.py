@@ -15,7 +15,7 @@ from common.config import EnvSpec
 from common.errors import UserError, WireError
 from common.messages import PriorityUpdate, SampleBatch
 from common.metrics import SenderCount
-from common.planes import decode_planes, encode_plane, join_planes
+from common.planes import decode_planes, encode_block, join_blocks
 from replay_server.shard import ReplayShard, min_memory
 
 P_REJECT = 1e-6  # A correct sampler fails once in a million seeds.
@@ -78,7 +78,7 @@ class NaiveShard:
     def insert(self, chunk, planes):
         while len(self.items) + chunk.num_transitions > self.capacity:
             self._evict_oldest()
-        num_bytes = -(-(4 * len(chunk.plane_offsets) + len(chunk.plane_data)) // 4) * 4
+        num_bytes = -(-(4 * len(chunk.block_offsets) + len(chunk.plane_data)) // 4) * 4
         while not self._has_room(num_bytes):
             end = self.segments[0][1]
             while self.num_evicted < end:
@@ -160,7 +160,7 @@ def test_shard_agrees_with_naive(seed, spec, chunk_of):
     naive = NaiveShard(capacity, 8, 128 * KIB)
     for _ in range(100):
         if rng.random() < 0.6 or not naive.items:
-            num_planes = int(rng.integers(1, 31 if by_bytes else 9))
+            num_planes = int(rng.integers(1, 25 if by_bytes else 20))
             planes = rng.integers(256, size=(num_planes, *spec.plane_shape)).astype(spec.plane_dtype)
             chunk = chunk_of(rng, spec, planes=planes, num_planes=num_planes, num_transitions=int(rng.integers(1, 12)))
             reply = shard.insert(wire.pack(chunk))
@@ -175,7 +175,7 @@ def test_shard_agrees_with_naive(seed, spec, chunk_of):
         assert counts.num_evicted == naive.num_evicted
         assert counts.size == shard.size == len(naive.items)
         assert counts.num_stale_priority_updates == naive.num_stale
-        assert counts.used_bytes <= memory
+        assert counts.resident_bytes <= memory
         shard.check_valid()
         if rng.random() < 0.4 and (not prioritized or any(item["priority"] for item in naive.items)):
             batch = sample(shard, 20)
@@ -252,7 +252,7 @@ def test_sample_sends_a_shared_plane_once(chunk_of):
         shard.insert(wire.pack(chunk_of(rng, num_planes=5, s_tm1=references, s_t=references + 1)))
     batch = sample(shard, 500)
     assert set(batch.item_id.tolist()) == set(range(6))
-    assert batch.num_planes == 2 * 5
+    assert batch.num_planes == 2 * 8  # One block of each chunk.
 
 
 @pytest.mark.parametrize("spec", [PIXELS, VECTORS], ids=["pixels", "vectors"])
@@ -265,8 +265,12 @@ def test_send_compressed_off_gives_the_same_planes(spec, chunk_of):
         decoded.insert(message)
     one, other = sample(compressed, 30), sample(decoded, 30)
     assert (one.codec, other.codec) == ("lz4" if spec is PIXELS else "raw", "raw")
-    np.testing.assert_array_equal(decode_planes(one), decode_planes(other))
-    for name in {field.name for field in dataclasses.fields(SampleBatch)} - {"codec", "plane_offsets", "plane_data"}:
+    for name in ("s_tm1", "s_t"):
+        stacks = [decode_planes(batch)[getattr(batch, name)] for batch in (one, other)]
+        np.testing.assert_array_equal(*stacks)
+    assert other.num_planes == len(np.unique([other.s_tm1, other.s_t])), "planes that no item needs were sent"
+    different = {"codec", "planes_per_block", "block_offsets", "plane_data", "s_tm1", "s_t"} if spec is PIXELS else set()
+    for name in {field.name for field in dataclasses.fields(SampleBatch)} - different:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
@@ -391,33 +395,39 @@ def test_sample_is_repeatable_by_seed(chunk_of):
 
 def corrupt_block(chunk, index=1):
     data = chunk.plane_data.copy()
-    data[chunk.plane_offsets[index] : chunk.plane_offsets[index + 1]] = 0
+    data[chunk.block_offsets[index] : chunk.block_offsets[index + 1]] = 0
     return dataclasses.replace(chunk, plane_data=data)
 
 
 def with_block(chunk, block):
-    """The chunk with its plane 1 replaced by another block."""
-    offsets = chunk.plane_offsets.tolist()
+    """The chunk with its block 1 replaced by another."""
+    offsets = chunk.block_offsets.tolist()
     blocks = [bytes(chunk.plane_data[start:end]) for start, end in itertools.pairwise(offsets)]
-    offsets, data = join_planes([blocks[0], block, *blocks[2:]])
-    return dataclasses.replace(chunk, plane_offsets=offsets, plane_data=data)
+    offsets, data = join_blocks([blocks[0], block, *blocks[2:]])
+    return dataclasses.replace(chunk, block_offsets=offsets, plane_data=data)
 
 
 def as_raw(chunk):
-    offsets, data = join_planes([encode_plane(plane, "raw") for plane in decode_planes(chunk)])
-    return dataclasses.replace(chunk, codec="raw", plane_offsets=offsets, plane_data=data)
+    offsets, data = join_blocks([encode_block(plane, "raw") for plane in decode_planes(chunk)])
+    return dataclasses.replace(chunk, codec="raw", planes_per_block=1, block_offsets=offsets, plane_data=data)
+
+
+def as_single_planes(chunk):
+    offsets, data = join_blocks([encode_block(plane, "lz4") for plane in decode_planes(chunk)])
+    return dataclasses.replace(chunk, planes_per_block=1, block_offsets=offsets, plane_data=data)
 
 
 BAD_CHUNKS = {
-    "corrupt_lz4": (corrupt_block, r"^plane_data: plane 1 "),
-    "short_lz4": (lambda c: with_block(c, lz4.block.compress(bytes(23), store_size=False)), r"^plane_data: plane 1 "),
-    "long_lz4": (lambda c: with_block(c, lz4.block.compress(bytes(25), store_size=False)), r"^plane_data: plane 1 "),
+    "corrupt_lz4": (corrupt_block, r"^plane_data: block 1 "),
+    "short_lz4": (lambda c: with_block(c, lz4.block.compress(bytes(8 * 24 - 1), store_size=False)), r"^plane_data: block 1 "),
+    "long_lz4": (lambda c: with_block(c, lz4.block.compress(bytes(8 * 24 + 1), store_size=False)), r"^plane_data: block 1 "),
     "transposed_planes": (lambda c: dataclasses.replace(c, plane_shape=np.array([6, 4])), r"^plane_shape: \(6, 4\)"),
     "float_planes": (lambda c: dataclasses.replace(c, plane_dtype="<f4"), r"^plane_shape: \(4, 6\) <f4"),
     "raw_codec": (as_raw, r"^codec: 'raw', expected 'lz4'"),
+    "single_planes": (as_single_planes, r"^planes_per_block: 1, expected 8"),
     "action": (lambda c: dataclasses.replace(c, a_tm1=np.array([0, 4, 1])), r"^a_tm1: action 4 of 4"),
     "stack": (lambda c: dataclasses.replace(c, s_tm1=c.s_tm1[:, :1], s_t=c.s_t[:, :1]), r"^s_tm1: stacks of 1 "),
-    "reference": (lambda c: dataclasses.replace(c, s_t=np.full((3, 2), 5)), r"^s_t: refers to plane 5 of 5"),
+    "reference": (lambda c: dataclasses.replace(c, s_t=np.full((3, 2), 24)), r"^s_t: refers to plane 24 of 24"),
     "nan_priority": (lambda c: dataclasses.replace(c, priority=np.array([1, np.nan, 1])), r"^priority: holds NaN"),
     "infinite_priority": (lambda c: dataclasses.replace(c, priority=np.array([1, np.inf, 1])), r"^priority: holds NaN or inf"),
     "negative_priority": (lambda c: dataclasses.replace(c, priority=np.array([1.0, -1, 1])), r"^priority: -1.0 is below"),
@@ -426,7 +436,10 @@ BAD_CHUNKS = {
     "huge_version": (lambda c: dataclasses.replace(c, params_version=1 << 63), r"^params_version: "),
 }
 # The header can be read, and the chunk is of this run: its transitions count as refused.
-COUNTED = {"corrupt_lz4", "short_lz4", "long_lz4", "transposed_planes", "float_planes", "raw_codec", "action", "stack"}
+COUNTED = {"corrupt_lz4", "short_lz4", "long_lz4", "transposed_planes", "float_planes", "raw_codec", "single_planes"} | {
+    "action",
+    "stack",
+}
 
 
 def contents(shard):
@@ -454,7 +467,7 @@ def test_bad_chunk_is_refused_and_harms_nothing(name, chunk_of):
     shard.check_valid()
     after = shard.stats()
     assert (after.num_refused_chunks, after.last_refusal) == (1, reply.refusal)
-    for unchanged in ("size", "num_inserted", "num_evicted", "used_bytes"):
+    for unchanged in ("size", "num_inserted", "num_evicted", "resident_bytes"):
         assert getattr(after, unchanged) == getattr(counts, unchanged)
     assert after.senders[1, 0].inserted == 4 * 3
     refused = SenderCount(inserted=0, refused=3, sent=103)
@@ -570,21 +583,21 @@ def test_sample_waits_where_every_priority_is_zero(chunk_of):
 def test_memory_holds_index_tree_and_planes(capacity, priority_exponent, spare):
     memory = min_memory(capacity, 2, prioritized=priority_exponent > 0) + spare
     shard = make_shard(memory=memory, capacity=capacity, priority_exponent=priority_exponent)
-    tree_bytes = shard._tree._nodes.nbytes if shard._tree else 0
+    tree_bytes = sum(level.nbytes for level in shard._tree._levels) if shard._tree else 0
     assert shard._items.nbytes + tree_bytes + shard._store.bytes.nbytes <= memory
     assert shard._store.bytes.nbytes >= 0.85 * (8 * 128 * KIB + spare)  # And it does not leave the budget lying.
 
 
-def test_used_bytes_reaches_and_never_exceeds_memory(chunk_of):
+def test_resident_bytes_reaches_and_never_exceeds_memory(chunk_of):
     rng = np.random.default_rng(0)
     memory = min_memory(100, 2, prioritized=True)
     shard = make_shard(LARGE_PIXELS, memory=memory, capacity=100)
-    assert shard.stats().used_bytes == 0
+    assert shard.stats().resident_bytes == 8  # The root of the tree.
     used = []
     for _ in range(150):
-        num_planes, num_transitions = rng.integers(1, 31), rng.integers(1, 20)
+        num_planes, num_transitions = rng.integers(1, 25), rng.integers(1, 20)
         shard.insert(wire.pack(chunk_of(rng, LARGE_PIXELS, num_planes=num_planes, num_transitions=num_transitions)))
-        used.append(shard.stats().used_bytes)
+        used.append(shard.stats().resident_bytes)
     assert 0.9 * memory < max(used) <= memory
 
 
