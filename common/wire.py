@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import msgpack
@@ -32,30 +33,37 @@ _MAX_INT = (1 << 63) - 1
 M = TypeVar("M", bound=Message)
 
 
-def pack(message: Message) -> Array:
-    """Returns u8[num_bytes], contiguous and owned by the caller."""
+def pack(message: Message, *, blocks: Sequence[memoryview] | None = None) -> Array:
+    """Returns u8[num_bytes], contiguous and owned by the caller.
+
+    Args:
+      message: to be packed as it is, not checked.
+      blocks: what takes the place of `plane_data`, laid end to end: a shard's blocks are copied once, from where they lie.
+    """
     scalars: dict[str, Any] = {}
     shapes: dict[str, Any] = {}
-    buffers: list[tuple[int, Array]] = []
+    buffers: list[Any] = []
     end = 0
     for field in dataclasses.fields(message):
         value = getattr(message, field.name)
         if "kind" in field.metadata:
             scalars[field.name] = field.metadata["kind"](value)
             continue
-        data = np.ascontiguousarray(value, dtype=field.metadata["dtype"])
-        shapes[field.name] = [list(data.shape), end]
-        buffers.append((end, data.reshape(-1).view(np.uint8)))
-        end += -(-data.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if blocks is not None and field.name == "plane_data":
+            num_bytes = sum(map(len, blocks))
+            shape = [num_bytes]
+            buffers.extend(blocks)
+        else:
+            data = np.ascontiguousarray(value, dtype=field.metadata["dtype"])
+            num_bytes, shape = data.nbytes, list(data.shape)
+            buffers.append(data.reshape(-1).view(np.uint8).data)
+        padding = -num_bytes % _ALIGNMENT
+        buffers.append(bytes(padding))
+        shapes[field.name] = [shape, end]
+        end += num_bytes + padding
     header = msgpack.packb({"scalars": scalars, "arrays": shapes})
-    start = _buffers_start(len(header))
-    out = np.empty(start + end, np.uint8)
-    out[_PREFIX.size : _PREFIX.size + len(header)] = np.frombuffer(header, np.uint8)
-    out[_PREFIX.size + len(header) : start] = 0
-    for offset, data in buffers:
-        data_end = start + offset + len(data)
-        out[start + offset : data_end] = data
-        out[data_end : -(-data_end // _ALIGNMENT) * _ALIGNMENT] = 0  # The padding: `start` is a multiple too.
+    padding = _buffers_start(len(header)) - _PREFIX.size - len(header)
+    out = np.frombuffer(bytearray().join([bytes(_PREFIX.size), header, bytes(padding), *buffers]), np.uint8)
     prefix = _PREFIX.pack(MAGIC, FORMAT_VERSION, _KIND_OF[type(message)], len(header), _checksum(out))
     out[: _PREFIX.size] = np.frombuffer(prefix, np.uint8)
     return out

@@ -7,6 +7,7 @@ it; it never sleeps, and imports neither torch nor ray nor an environment.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from common.config import ByteSize, EnvSpec
 from common.errors import UserError, WireError
 from common.messages import Array, PriorityUpdate, SampleBatch, TransitionChunk
 from common.metrics import SenderCount, ShardStats
-from common.planes import check_blocks, codec_of, decode_planes, join_blocks, planes_per_block
+from common.planes import check_blocks, codec_of, decode_planes, planes_per_block
 from common.protocols import InsertReply, SampleReply
 from replay_server.limiter import RateLimiter
 from replay_server.storage import SegmentStore
@@ -116,7 +117,10 @@ class ReplayShard:
             return SampleReply(batch=None, waits_for=waits_for)
         item_id, probability = self._draw(num_items)
         self._limiter.num_sampled += num_items
-        return SampleReply(batch=wire.pack(self._gather(item_id, probability)), waits_for=None)
+        batch, blocks = self._gather(item_id, probability)
+        if self._codec == "lz4" and not self._send_compressed:
+            return SampleReply(batch=wire.pack(_decoded(batch, blocks)), waits_for=None)
+        return SampleReply(batch=wire.pack(batch, blocks=blocks), waits_for=None)
 
     def update_priorities(self, message: Array) -> int:
         """Applies a packed PriorityUpdate and returns how many of its items were applied.
@@ -245,7 +249,8 @@ class ReplayShard:
         age = (slots - self._oldest_item_id) % self._capacity
         return self._oldest_item_id + age, self._tree.values[slots] / total
 
-    def _gather(self, item_id: Array, probability: Array) -> SampleBatch:
+    def _gather(self, item_id: Array, probability: Array) -> tuple[SampleBatch, Sequence[memoryview]]:
+        """Returns the batch without its `plane_data`, and the blocks that make it, where they lie."""
         items = self._items[item_id % self._capacity]
         references = np.concatenate([items["s_tm1"], items["s_t"]], axis=1).astype(np.int64)  # [B, 2K]
         blocks, rows = np.divmod(references, self._planes_per_block)
@@ -258,7 +263,9 @@ class ReplayShard:
         starts = record + self._store.words[unique_words]
         ends = record + self._store.words[unique_words + 1]
         view = self._store.bytes.data
-        offsets, data = join_blocks([view[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)])
+        held = [view[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        offsets = np.zeros(len(held) + 1, np.int64)
+        np.cumsum(ends - starts, out=offsets[1:])
         stacks = where * self._planes_per_block + rows
         stack = self._spec.frame_stack
         batch = SampleBatch(
@@ -267,7 +274,7 @@ class ReplayShard:
             planes_per_block=self._planes_per_block,
             plane_shape=np.array(self._spec.plane_shape),
             block_offsets=offsets,
-            plane_data=data,
+            plane_data=np.empty(0, np.uint8),
             shard_index=self._shard_index,
             shard_epoch=self._shard_epoch,
             size=self.size,
@@ -281,7 +288,7 @@ class ReplayShard:
             probability=probability,
             params_version=items["params_version"],
         )
-        return batch if self._send_compressed or self._codec == "raw" else _decoded(batch)
+        return batch, held
 
     def _index_resident_bytes(self) -> int:
         """Bytes of index and tree that were ever written to; slots are used in turn."""
@@ -336,8 +343,9 @@ def _record_bytes(chunk: TransitionChunk) -> int:
     return int(chunk.block_offsets.nbytes + chunk.plane_data.nbytes)
 
 
-def _decoded(batch: SampleBatch) -> SampleBatch:
+def _decoded(batch: SampleBatch, blocks: Sequence[memoryview]) -> SampleBatch:
     """Returns the batch with the planes that it refers to decoded, one to a block, and no others."""
+    batch = replace(batch, plane_data=np.frombuffer(b"".join(blocks), np.uint8))
     used, where = np.unique(np.stack([batch.s_tm1, batch.s_t]), return_inverse=True)
     planes = np.ascontiguousarray(decode_planes(batch)[used]).view(np.uint8).reshape(len(used), -1)
     s_tm1, s_t = where.reshape(2, *batch.s_tm1.shape)

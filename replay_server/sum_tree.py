@@ -6,11 +6,13 @@ import numpy as np
 
 from common.messages import Array
 
-_FAN_OUT = 16  # Wide nodes make the tree shallow: few, larger numpy calls, and inner nodes that take a fifteenth of the leaves.
+# Wide nodes make the tree shallow: few, larger numpy calls, and inner nodes that take a fifteenth of the leaves.
+_FAN_OUT = 16
+_ROOT_FAN_OUT = 4096
 
 
 class SumTree:
-    """f64 leaf values and the sums of every subtree, level by level; a node sums _FAN_OUT neighbours of the level below.
+    """f64 leaf values and the sums of subtrees, level by level; a node sums _FAN_OUT neighbours of the level below, the root all.
 
     Invariant (`check_valid`): every inner node is exactly the sum of its children, computed anew at each change, so that
     errors do not add up. Source: Schaul et al. 2016, https://arxiv.org/abs/1511.05952, appendix B.2.1.
@@ -20,6 +22,7 @@ class SumTree:
         self._capacity = capacity
         self._levels = [np.zeros(size, np.float64) for size in _level_sizes(capacity)]
         self._children = [level.reshape(-1, _FAN_OUT) for level in self._levels[:-1]]
+        self._total = 0.0
 
     @property
     def values(self) -> Array:
@@ -27,7 +30,7 @@ class SumTree:
         return self._levels[0][: self._capacity]
 
     def total(self) -> float:
-        return float(self._levels[-1][0])
+        return self._total
 
     def set(self, leaves: Array, values: Array) -> None:
         """Sets leaf values; where a leaf occurs more than once, the last value stays.
@@ -44,6 +47,7 @@ class SumTree:
         for children, parents in zip(self._children, self._levels[1:], strict=True):
             nodes = np.unique(nodes // _FAN_OUT)
             parents[nodes] = children[nodes].sum(axis=1)
+        self._total = float(self._levels[-1].sum())
 
     def set_range(self, first: int, values: Array | float, num: int) -> None:
         """Sets the `num` >= 1 leaves from `first` on, like `set` but without looking for them."""
@@ -52,6 +56,7 @@ class SumTree:
         for children, parents in zip(self._children, self._levels[1:], strict=True):
             first, end = first // _FAN_OUT, (end - 1) // _FAN_OUT + 1
             parents[first:end] = children[first:end].sum(axis=1)
+        self._total = float(self._levels[-1].sum())
 
     def find(self, targets: Array) -> Array:
         """Returns the leaf in whose span each target lies: i64[B] for f64[B] in [0, total()).
@@ -59,12 +64,14 @@ class SumTree:
         The span of leaf i is [sum of all before it, that plus its value). A leaf of value zero is never returned while
         the total is positive, also where rounding puts a target at the very end.
         """
-        nodes = np.zeros(len(targets), np.int64)
-        rest = np.array(targets, np.float64)
+        ends = np.cumsum(self._levels[-1])
+        last = np.searchsorted(ends, ends[-1])  # The last child that is not zero.
+        nodes = np.minimum(np.searchsorted(ends, targets, side="right"), last)
+        rest = targets - np.where(nodes > 0, ends[nodes - 1], 0.0)
         rows = np.arange(len(targets))
         for children in reversed(self._children):
             ends = np.cumsum(children[nodes], axis=1)  # [B, _FAN_OUT]
-            last = (ends < ends[:, -1:]).sum(axis=1)  # The last child that is not zero.
+            last = (ends < ends[:, -1:]).sum(axis=1)
             child = np.minimum((ends <= rest[:, None]).sum(axis=1), last)
             rest -= np.where(child > 0, ends[rows, child - 1], 0.0)
             nodes = nodes * _FAN_OUT + child
@@ -79,16 +86,17 @@ class SumTree:
         for children, parents in zip(self._children, self._levels[1:], strict=True):
             assert (parents[: len(children)] == children.sum(axis=1)).all()
             assert (parents[len(children) :] == 0).all()
+        assert self._total == self._levels[-1].sum()
         assert all((level >= 0).all() and np.isfinite(level).all() for level in self._levels)
 
 
 def _level_sizes(capacity: int) -> list[int]:
-    """Sizes from the leaves to the root, each but the root a multiple of _FAN_OUT."""
-    sizes: list[int] = []
-    while capacity > 1 or not sizes:
-        sizes.append(-(-capacity // _FAN_OUT) * _FAN_OUT)
-        capacity = sizes[-1] // _FAN_OUT
-    return [*sizes, 1]
+    """Sizes from the leaves up, the last one the root's children; each is a multiple of _FAN_OUT."""
+    sizes = [-(-capacity // _FAN_OUT) * _FAN_OUT]
+    while sizes[-1] > _ROOT_FAN_OUT:
+        num_nodes = sizes[-1] // _FAN_OUT
+        sizes.append(-(-num_nodes // _FAN_OUT) * _FAN_OUT)
+    return sizes
 
 
 def _checked(values: Array | float) -> Array:

@@ -108,7 +108,7 @@ def assert_equal(one, other):
 def test_round_trip_of_every_message(make_messages, seed):
     for message in make_messages(seed):
         packed = wire.pack(message)
-        assert packed.dtype == np.uint8 and packed.ndim == 1 and packed.flags.owndata and packed.flags.c_contiguous
+        assert packed.dtype == np.uint8 and packed.ndim == 1 and packed.flags.writeable and packed.flags.c_contiguous
         unpacked = wire.unpack(packed, type(message))
         assert type(unpacked) is type(message)
         assert_equal(message, unpacked)

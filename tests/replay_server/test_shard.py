@@ -592,7 +592,7 @@ def test_resident_bytes_reaches_and_never_exceeds_memory(chunk_of):
     rng = np.random.default_rng(0)
     memory = min_memory(100, 2, prioritized=True)
     shard = make_shard(LARGE_PIXELS, memory=memory, capacity=100)
-    assert shard.stats().resident_bytes == 8  # The root of the tree.
+    assert shard.stats().resident_bytes == 0
     used = []
     for _ in range(150):
         num_planes, num_transitions = rng.integers(1, 25), rng.integers(1, 20)

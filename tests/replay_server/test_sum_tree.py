@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from replay_server import sum_tree
 from replay_server.sum_tree import SumTree
 
 
@@ -32,17 +33,24 @@ class NaiveSumTree:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_sum_tree_agrees_with_naive(seed):
+@pytest.mark.parametrize("root_fan_out", [16, 4096], ids=["deep", "flat"])
+def test_sum_tree_agrees_with_naive(seed, root_fan_out, monkeypatch):
     """Kills: first of duplicate leaves wins; `rest > left_sum`; sums not carried to the root; leaves beyond the capacity."""
     rng = np.random.default_rng(seed)
-    capacity = int(rng.integers(1, 70))  # Also not a power of two.
+    monkeypatch.setattr(sum_tree, "_ROOT_FAN_OUT", root_fan_out)
+    capacity = int(rng.integers(1, 700))  # Also not a power of two, and of one to three levels.
     tree, naive = SumTree(capacity), NaiveSumTree(capacity)
     largest = int(rng.choice([2, 3, 1000]))  # With 2 half of the leaves are zero.
     for _ in range(50):
-        leaves = rng.integers(capacity, size=5)  # Duplicates happen: the last one wins in both.
-        values = rng.integers(0, largest, size=5).astype(float)  # Whole numbers: sums are exact, so == may be asked.
+        leaves = rng.integers(capacity, size=9)  # Duplicates happen: the last one wins in both.
+        values = rng.integers(0, largest, size=9).astype(float)  # Whole numbers: sums are exact, so == may be asked.
         for t in (tree, naive):
             t.set(leaves, values)
+        first, num = int(rng.integers(capacity)), int(rng.integers(1, 40))
+        num = min(num, capacity - first)
+        run = rng.integers(0, largest, size=num).astype(float)
+        tree.set_range(first, run, num)
+        naive.set(range(first, first + num), run)
         tree.check_valid()
         np.testing.assert_array_equal(tree.values, naive.values)
         assert tree.total() == naive.total()
