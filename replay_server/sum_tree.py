@@ -66,7 +66,7 @@ class SumTree:
         """
         ends = np.cumsum(self._levels[-1])
         last = np.searchsorted(ends, ends[-1])  # The last child that is not zero.
-        nodes = np.minimum(np.searchsorted(ends, targets, side="right"), last)
+        nodes: Array = np.minimum(np.searchsorted(ends, targets, side="right"), last)
         rest = targets - np.where(nodes > 0, ends[nodes - 1], 0.0)
         rows = np.arange(len(targets))
         for children in reversed(self._children):
