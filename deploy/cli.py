@@ -1,6 +1,6 @@
 """The command line. A user's mistake ends in one line and exit status 2.
 
-qfleet train RECIPE [flags]      qfleet resume RUN [flags]      qfleet evaluate RUN [flags]
+qfleet train RECIPE [flags]      qfleet resume RUN [flags]      qfleet evaluate RUN [flags]      qfleet bench replay [flags]
 """
 
 from __future__ import annotations
@@ -24,10 +24,17 @@ from common.errors import UserError
 _USAGE = """usage: qfleet train RECIPE [flags]     train; the same command on the same run directory continues it
        qfleet resume RUN [flags]       continue a run with its own settings
        qfleet evaluate RUN [flags]     play a run's last checkpoint: --episodes, --json, --video
+       qfleet bench replay [flags]     measure the replay shards alone: --game, --topology, --json
        qfleet COMMAND ... --help       every flag with its meaning, unit and default
 
 recipes: {recipes}"""
 
+_SUBJECTS = {
+    "train": "a recipe",
+    "resume": "a run directory",
+    "evaluate": "a run directory",
+    "bench": "what to measure (replay)",
+}
 _REGISTRY = ConstructorRegistry()
 T = TypeVar("T")
 
@@ -89,17 +96,21 @@ def _dispatch(words: list[str]) -> int:
         print(usage)
         return 0 if words else 2
     command, *rest = words
-    if command not in ("train", "resume", "evaluate"):
-        raise UserError(
-            f"unknown command {command!r}{_nearest(command, ['train', 'resume', 'evaluate'])}; qfleet --help lists them"
-        )
+    if command not in _SUBJECTS:
+        raise UserError(f"unknown command {command!r}{_nearest(command, list(_SUBJECTS))}; qfleet --help lists them")
     if not rest or rest[0].startswith("-"):
-        subject = "a recipe" if command == "train" else "a run directory"
+        subject = _SUBJECTS[command]
         if rest and rest[0] in ("-h", "--help"):
             print(usage)
             return 0
         raise UserError(f"qfleet {command} needs {subject} first; qfleet --help lists them")
     subject, *flags = rest
+    if command == "bench":
+        if subject != "replay":
+            raise UserError(f"unknown benchmark {subject!r}; there is replay")
+        from deploy.bench import BenchReplayFlags, bench_replay
+
+        return bench_replay(_parse(BenchReplayFlags, BenchReplayFlags(), flags, "qfleet bench replay"))
     if command == "evaluate":
         from deploy.evaluate import evaluate
 
@@ -150,7 +161,7 @@ def _condense(box: str) -> str:
     rules = [i for i, line in enumerate(lines) if not re.search(r"[^─-]", line) or line.startswith(("─", "- ", "--- "))]
     message = " ".join(lines[rules[0] + 1 : rules[1]]) if len(rules) > 1 else " ".join(lines)
     message = re.sub(r"^Error parsing ", "", message)
-    message = re.sub(r"^(RunConfig|EvaluateFlags|\w+(?=: \w+\.\w)): ", "", message)
+    message = re.sub(r"^(RunConfig|EvaluateFlags|BenchReplayFlags|\w+(?=: \w+\.\w)): ", "", message)
     suggestions = re.findall(r"^--[a-z][\w.-]*", "\n".join(lines[rules[1] :] if len(rules) > 1 else []), re.MULTILINE)
     near = f": did you mean {suggestions[0]}" if "Perhaps" in box and suggestions else ""
     return message.rstrip("?.") + near

@@ -92,7 +92,7 @@ def _open_locked(config: RunConfig, path: Path, lock: TextIO) -> RunDirectory:
         if meta and meta["run"] != info["run"]:
             raise CheckpointError(f"checkpoint {checkpoint}: it is of another run than {info_path}; move it away")
     else:
-        info = {"format_version": FORMAT_VERSION, "run": secrets.token_hex(8), "versions": _versions(), "hardware": _hardware()}
+        info = {"format_version": FORMAT_VERSION, "run": secrets.token_hex(8), "versions": versions(), "hardware": hardware()}
     info["config"] = config_module.as_dict(config)
     write_json(info_path, info)
     return RunDirectory(path=path, run=info["run"], checkpoint=checkpoint, meta=meta, changed=changed, _lock=lock)
@@ -178,11 +178,11 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-def _hardware() -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
