@@ -24,6 +24,7 @@ from common.errors import UserError
 _USAGE = """usage: qfleet train RECIPE [flags]     train; the same command on the same run directory continues it
        qfleet resume RUN [flags]       continue a run with its own settings
        qfleet evaluate RUN [flags]     play a run's last checkpoint: --episodes, --json, --video
+       qfleet plan RECIPE [flags]      print what a run will take of this machine, and what to change where it does not fit
        qfleet bench replay [flags]     measure the replay shards alone: --game, --topology, --json
        qfleet COMMAND ... --help       every flag with its meaning, unit and default
 
@@ -31,6 +32,7 @@ recipes: {recipes}"""
 
 _SUBJECTS = {
     "train": "a recipe",
+    "plan": "a recipe",
     "resume": "a run directory",
     "evaluate": "a run directory",
     "bench": "what to measure (replay)",
@@ -131,7 +133,11 @@ def _dispatch(words: list[str]) -> int:
     if subject not in RECIPES:
         raise UserError(f"unknown recipe {subject!r}{_nearest(subject, list(RECIPES))}; there are {', '.join(RECIPES)}")
     recipe = RECIPES[subject]()
-    config = _run_config(recipe, flags, f"qfleet train {subject}")
+    config = _run_config(recipe, flags, f"qfleet {command} {subject}")
+    if command == "plan":
+        from deploy.plan import print_plan
+
+        return print_plan(config)
     path = Path(config.run_dir) if config.run_dir is not None else run_dir.default_path(config, recipe.env.game)
     return train(config, path)
 

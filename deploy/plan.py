@@ -1,21 +1,39 @@
-"""Whether a run fits on this machine, and how its roles share the processors. Refuses before anything starts."""
+"""Whether a run fits on this machine, and how its roles share the processors. Refuses before anything starts.
+
+`qfleet plan RECIPE` prints what every role will take. The figures of a process are resident sets measured on Linux; what Python
+and PyTorch share between processes is counted in each, as `top` does, so the sum errs on the safe side.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
+from rich.console import Console
+from rich.table import Table
 
 from common.config import ByteSize, EnvSpec, RunConfig
 from common.errors import UserError
 from deploy.roles import shard_shares
-from replay_server.shard import min_memory
+from replay_server.shard import index_bytes, min_memory
 
 MAX_WORKERS_PER_CPU = 8
-_TORCH_WORKER_BYTES = 300 << 20  # Resident, with PyTorch on a CPU.
-_WORKER_BYTES = 100 << 20
-_RAY_BYTES = 600 << 20  # Ray's own processes on a head node.
+_MIB = 1 << 20
+_DRIVER_BYTES = 150 * _MIB
+_RAY_BYTES = 600 * _MIB  # Ray's own processes on a head node.
+_WORKER_BYTES = 125 * _MIB  # A Ray worker without PyTorch: a shard, the store.
+_TORCH_WORKER_BYTES = 320 * _MIB  # With PyTorch on a CPU and one environment: an actor, the evaluator.
+_LEARNER_BYTES = 480 * _MIB  # With the compiler of the unpacking loop.
+_ENV_BYTES = 3 * _MIB  # One more emulator.
+_CUDA_BYTES = 700 * _MIB  # What a process that uses a GPU takes of it, and of RAM, before it does anything.
+_COPIES_OF_PARAMS = 6  # Online, target, gradients, two moments of Adam, and a snapshot on its way.
+# Features, parameters and values of the convolutions over 4 frames of 84 x 84.
+_TORSOS = {"dqn2013": (2_592, 12_336, 8_992), "nature": (3_136, 77_984, 21_120)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +78,53 @@ def plan_cpus(config: RunConfig, num_cpus: int) -> CpuPlan:
     return CpuPlan(learner=share, shard=share, store=0.0, evaluator=share, actor=share, learner_threads=threads)
 
 
-def check_memory(config: RunConfig, spec: EnvSpec) -> None:
+@dataclass(frozen=True, slots=True)
+class RoleMemory:
+    """What the processes of one role will take, in bytes."""
+
+    role: str
+    workers: int
+    ram: int
+    """Of each worker."""
+    gpu: int = 0
+    """Of each worker."""
+    note: str = ""
+
+
+def plan_memory(config: RunConfig, spec: EnvSpec, *, uses_gpu: bool) -> list[RoleMemory]:
+    """Returns the roles of a run with what they take."""
+    params = 4 * network_size(config, spec)[0]
+    learning = _batches_bytes(config, spec) + _activation_bytes(config, spec) + _COPIES_OF_PARAMS * params
+    batches = f"{config.learner.prefetch_batches + 2} batches of {config.learner.batch_size}"
+    replay = int(config.replay.memory)
+    if config.serial:
+        everything = _LEARNER_BYTES + replay + learning + config.actors.num_envs * config.actors.num_actors * _ENV_BYTES
+        return [RoleMemory("one process", 1, everything, _CUDA_BYTES + learning if uses_gpu else 0, "serial")]
+    share = shard_shares(config)
+    index = index_bytes(share["capacity"], spec.frame_stack, prioritized=config.replay.priority_exponent > 0)
+    learner_ram = _LEARNER_BYTES + (_CUDA_BYTES + _batches_bytes(config, spec) if uses_gpu else learning)
+    return [
+        RoleMemory("driver", 1, _DRIVER_BYTES),
+        RoleMemory("Ray", 1, _RAY_BYTES, note="its own processes"),
+        RoleMemory("learner", 1, learner_ram, _CUDA_BYTES + learning if uses_gpu else 0, batches),
+        RoleMemory(
+            "shard",
+            config.replay.num_shards,
+            _WORKER_BYTES + share["memory"],
+            note=f"replay.memory {ByteSize(share['memory'])}, of it index {ByteSize(index)} for {share['capacity']:,} transitions",
+        ),
+        RoleMemory("params store", 1, _WORKER_BYTES + 2 * params),
+        RoleMemory("evaluator", 1, _TORCH_WORKER_BYTES + config.evaluation.episodes * _ENV_BYTES + 2 * params),
+        RoleMemory(
+            "actor",
+            config.actors.num_actors,
+            _TORCH_WORKER_BYTES + config.actors.num_envs * _ENV_BYTES + 2 * params,
+            note=f"{config.actors.num_envs} environments",
+        ),
+    ]
+
+
+def check_memory(config: RunConfig, spec: EnvSpec, *, uses_gpu: bool = False) -> None:
     """Raises UserError where the replay cannot hold its index, or the run does not fit in this machine's memory."""
     shares = shard_shares(config)
     least = min_memory(shares["capacity"], spec.frame_stack, prioritized=config.replay.priority_exponent > 0)
@@ -71,22 +135,68 @@ def check_memory(config: RunConfig, spec: EnvSpec) -> None:
             f"the smallest store take {needed}; raise --replay.memory to that, or lower --replay.capacity"
         )
     available = available_memory()
-    num_torch = config.actors.num_actors + 2
-    processes = _TORCH_WORKER_BYTES * num_torch + _WORKER_BYTES * (config.replay.num_shards + 1) + _RAY_BYTES
-    if config.serial:
-        processes = _TORCH_WORKER_BYTES
-    total = config.replay.memory + processes + (0 if config.serial else config.object_store_memory)
+    roles = plan_memory(config, spec, uses_gpu=uses_gpu)
+    total = sum(role.workers * role.ram for role in roles) + _shared_memory(config)
     if total > available:
         raise UserError(
-            f"this run needs {ByteSize(total)} ({config.replay.memory} for replay.memory, {ByteSize(processes)} for its processes), "
-            f"but {ByteSize(available)} are available: lower --replay.memory or --actors.num-actors"
+            f"this run needs {ByteSize(total)} ({config.replay.memory} for replay.memory), but {ByteSize(available)} are available: "
+            f"{_memory_advice(config, roles, total - available)}"
         )
     shared = psutil.disk_usage("/dev/shm").free if Path("/dev/shm").exists() else available
-    if not config.serial and config.object_store_memory > shared:
+    if _shared_memory(config) > shared:
         raise UserError(
             f"object_store_memory {config.object_store_memory} does not fit in /dev/shm, where {ByteSize(shared)} are free: lower "
             f"--object-store-memory, or give the container more (docker run --shm-size)"
         )
+
+
+def print_plan(config: RunConfig) -> int:
+    """`qfleet plan`: prints what the run will take on each node; returns the exit status.
+
+    Raises:
+      UserError: what to change, where it does not fit.
+    """
+    from actors.environments import probe
+
+    spec = probe(config.env)
+    gpu = gpu_memory() if config.learner.device != "cpu" else None
+    roles = plan_memory(config, spec, uses_gpu=gpu is not None)
+    table = Table("role", "workers", "RAM each", "RAM", "GPU memory", "", box=None, pad_edge=False)
+    for role in roles:
+        gpu_text = str(ByteSize(role.gpu)) if role.gpu else ""
+        table.add_row(
+            role.role, str(role.workers), str(ByteSize(role.ram)), str(ByteSize(role.workers * role.ram)), gpu_text, role.note
+        )
+    total, shared = sum(role.workers * role.ram for role in roles), _shared_memory(config)
+    console = Console(width=130, highlight=False)
+    console.print(f"qfleet {'run in one process' if config.serial else 'run'} of {config.recipe}, all on this node:")
+    console.print(table)
+    console.print(
+        f"RAM {ByteSize(total)} and shared memory {ByteSize(shared)} (Ray's object store) of {ByteSize(available_memory())} available; "
+        + (
+            f"GPU memory {ByteSize(sum(role.gpu for role in roles))} of {ByteSize(gpu)}"
+            if gpu is not None
+            else "no GPU is used"
+        )
+    )
+    if not config.serial:
+        console.print(plan_cpus(config, os.cpu_count() or 1).describe())
+    console.print(_replay_sentence(config, spec))
+    check_memory(config, spec, uses_gpu=gpu is not None)
+    needed = sum(role.gpu for role in roles)
+    if gpu is not None and needed > gpu:
+        raise UserError(
+            f"the learner needs {ByteSize(needed)} of GPU memory, but {ByteSize(gpu)} are free: lower --learner.batch-size or "
+            f"--learner.prefetch-batches"
+        )
+    return 0
+
+
+def gpu_memory() -> int | None:
+    """Returns the free bytes of the first GPU, or None where there is none."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
 
 
 def available_memory() -> int:
@@ -96,3 +206,63 @@ def available_memory() -> int:
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
         available = min(available, int(text) - int(used.read_text()))
     return available
+
+
+def _shared_memory(config: RunConfig) -> int:
+    return 0 if config.serial else int(config.object_store_memory)
+
+
+def _memory_advice(config: RunConfig, roles: list[RoleMemory], missing: int) -> str:
+    """Says which one setting makes the run fit, by how much; both, where neither does alone."""
+    advice = []
+    if config.replay.memory - missing >= _MIB:
+        advice.append(f"lower --replay.memory to {ByteSize((config.replay.memory - missing) // _MIB * _MIB)}")
+    each = next((role.ram for role in roles if role.role == "actor"), 0)
+    num_fewer = -(-missing // each) if each else config.actors.num_actors
+    if config.actors.num_actors > num_fewer:
+        advice.append(f"lower --actors.num-actors to {config.actors.num_actors - num_fewer}")
+    return " or ".join(advice) or "lower --replay.memory and --actors.num-actors, or use a machine with more memory"
+
+
+def _replay_sentence(config: RunConfig, spec: EnvSpec) -> str:
+    """Says how many transitions replay will hold; what a game's frames compress to is not known before."""
+    per_shard = shard_shares(config)
+    index = index_bytes(per_shard["capacity"], spec.frame_stack, prioritized=config.replay.priority_exponent > 0)
+    for_planes = (per_shard["memory"] - index) * config.replay.num_shards
+    stacks = 2 * spec.frame_stack * _plane_bytes(spec)
+    per_plane = for_planes / config.replay.capacity
+    return (
+        f"replay holds {config.replay.capacity:,} transitions if their planes compress to {per_plane:,.0f} bytes each (Atari: 120 to 700; "
+        f"as stacks a transition takes {stacks:,}), else as many as fit in {ByteSize(for_planes)}"
+    )
+
+
+def _plane_bytes(spec: EnvSpec) -> int:
+    return math.prod(spec.plane_shape) * np.dtype(spec.plane_dtype).itemsize
+
+
+def _batches_bytes(config: RunConfig, spec: EnvSpec) -> int:
+    """Both stacks of every batch held: as stored, and as prepared for the network in at most four bytes a value."""
+    values = 2 * spec.frame_stack * math.prod(spec.plane_shape)
+    each = config.learner.batch_size * (2 * spec.frame_stack * _plane_bytes(spec) + 4 * values)
+    return (config.learner.prefetch_batches + 2) * each
+
+
+def network_size(config: RunConfig, spec: EnvSpec) -> tuple[int, int]:
+    """Returns (parameters, values that one observation's layers give), without PyTorch: the driver does not load it."""
+    network = config.network
+    if network.torso == "mlp":
+        num_features, params, values = spec.frame_stack * math.prod(spec.plane_shape), 0, 0
+    else:
+        num_features, params, values = _TORSOS[network.torso]
+    heads = 2 if network.dueling else 1
+    sizes = [num_features, *network.hidden_sizes]
+    params += heads * sum(num_in * num_out for num_in, num_out in itertools.pairwise(sizes))
+    params += sizes[-1] * (spec.num_actions + heads - 1)
+    values += heads * sum(network.hidden_sizes)
+    return params, values * (3 if network.layer_norm else 2)  # Each layer, its nonlinearity, and its norm.
+
+
+def _activation_bytes(config: RunConfig, spec: EnvSpec) -> int:
+    """What an update holds between forward and backward: at most four bytes a value, three passes, and as much gradient."""
+    return 4 * 4 * network_size(config, spec)[1] * config.learner.batch_size
