@@ -175,6 +175,11 @@ class GymnasiumEnvironment:
             final = self._planes(observations)
             observations, _ = self._envs.reset(options={"reset_mask": ended})
             return final, observations
+        if "final_obs" not in info:
+            raise UserError(
+                "the vector environment begins the next episode in the same step, but gives no info['final_obs']: give the last "
+                "observations there, or declare autoreset_mode NEXT_STEP in its metadata and reset one step later"
+            )
         final = self._planes(observations).copy()
         for row in np.flatnonzero(ended):
             final[row] = np.asarray(info["final_obs"][row], dtype=final.dtype)
@@ -224,9 +229,11 @@ def find_gymnasium(game: str) -> gymnasium.envs.registration.EnvSpec:
     try:
         if module:
             importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # The user's module may raise anything.
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name == module
+        advice = "put its directory on PYTHONPATH, or install it" if is_absent else "mend that module"
         raise UserError(
-            f"environment {game!r}: cannot import {module!r} ({error}); put its directory on PYTHONPATH, or install it"
+            f"environment {game!r}: importing {module!r} raised {type(error).__name__}: {error}; {advice}"
         ) from error
     try:
         return gymnasium.spec(name)

@@ -85,7 +85,7 @@ class RecordingVectorEnv(VectorWrapper[Any, Any, Any, Any, Any]):
                 continue
             action = int(actions[row]) - self._first_action
             ended = bool(terminated[row] or truncated[row])
-            begins = ended and self._mode is AutoresetMode.SAME_STEP
+            begins = ended and self._mode is AutoresetMode.SAME_STEP and "final_obs" in info
             last = np.array(info["final_obs"][row]) if begins else observation
             log.append(RawStep(last, action, float(rewards[row]), bool(terminated[row]), bool(truncated[row])))
             if begins:

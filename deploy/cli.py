@@ -1,6 +1,6 @@
 """The command line. A user's mistake ends in one line and exit status 2.
 
-qfleet train RECIPE [flags]      qfleet resume RUN [flags]      qfleet evaluate RUN [flags]
+qfleet train RECIPE [flags]      qfleet resume RUN [flags]      qfleet evaluate RUN [flags]      qfleet check-env ENV [flags]
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ from common.errors import UserError
 _USAGE = """usage: qfleet train RECIPE [flags]     train; the same command on the same run directory continues it
        qfleet resume RUN [flags]       continue a run with its own settings
        qfleet evaluate RUN [flags]     play a run's last checkpoint: --episodes, --json, --video
+       qfleet check-env ENV [flags]    say what is wrong with an environment: MyEnv-v0, module:MyEnv-v0, pong
        qfleet COMMAND ... --help       every flag with its meaning, unit and default
 
 recipes: {recipes}"""
+
+_SUBJECTS = {"train": "a recipe", "resume": "a run directory", "evaluate": "a run directory", "check-env": "an environment"}
 
 _REGISTRY = ConstructorRegistry()
 T = TypeVar("T")
@@ -68,6 +71,32 @@ class EvaluateFlags:
             raise ValueError(f"--epsilon must be in [0, 1], got {self.epsilon}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckEnvFlags:
+    """Plays an environment alone and through actor and replay, and says what is wrong with it."""
+
+    n_step: int = 3
+    """Steps of a transition."""
+    frame_stack: int | None = None
+    """Observations stacked to one network input. None: 4 for an Atari game, else 1."""
+    steps: int = 2_000
+    """Steps to play with each environment."""
+    num_envs: int = 2
+    """Environments stepped together."""
+    seed: int = 0
+    """Of the environments and of the random actions."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_step", "frame_stack", "num_envs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        if self.steps < 100:
+            raise ValueError(f"--steps must be at least 100, got {self.steps}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {self.seed}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -89,16 +118,13 @@ def _dispatch(words: list[str]) -> int:
         print(usage)
         return 0 if words else 2
     command, *rest = words
-    if command not in ("train", "resume", "evaluate"):
-        raise UserError(
-            f"unknown command {command!r}{_nearest(command, ['train', 'resume', 'evaluate'])}; qfleet --help lists them"
-        )
+    if command not in _SUBJECTS:
+        raise UserError(f"unknown command {command!r}{_nearest(command, list(_SUBJECTS))}; qfleet --help lists them")
     if not rest or rest[0].startswith("-"):
-        subject = "a recipe" if command == "train" else "a run directory"
         if rest and rest[0] in ("-h", "--help"):
             print(usage)
             return 0
-        raise UserError(f"qfleet {command} needs {subject} first; qfleet --help lists them")
+        raise UserError(f"qfleet {command} needs {_SUBJECTS[command]} first; qfleet --help lists them")
     subject, *flags = rest
     if command == "evaluate":
         from deploy.evaluate import evaluate
@@ -111,6 +137,18 @@ def _dispatch(words: list[str]) -> int:
             seed=chosen.seed,
             json_path=chosen.json,
             video=chosen.video,
+        )
+    if command == "check-env":
+        from deploy.check_env import check_env
+
+        asked = _parse(CheckEnvFlags, CheckEnvFlags(), flags, "qfleet check-env ENV")
+        return check_env(
+            subject,
+            n_step=asked.n_step,
+            frame_stack=asked.frame_stack,
+            steps=asked.steps,
+            num_envs=asked.num_envs,
+            seed=asked.seed,
         )
     from deploy import run_dir
     from deploy.train import resume, train
@@ -150,7 +188,7 @@ def _condense(box: str) -> str:
     rules = [i for i, line in enumerate(lines) if not re.search(r"[^─-]", line) or line.startswith(("─", "- ", "--- "))]
     message = " ".join(lines[rules[0] + 1 : rules[1]]) if len(rules) > 1 else " ".join(lines)
     message = re.sub(r"^Error parsing ", "", message)
-    message = re.sub(r"^(RunConfig|EvaluateFlags|\w+(?=: \w+\.\w)): ", "", message)
+    message = re.sub(r"^(RunConfig|EvaluateFlags|CheckEnvFlags|\w+(?=: \w+\.\w)): ", "", message)
     suggestions = re.findall(r"^--[a-z][\w.-]*", "\n".join(lines[rules[1] :] if len(rules) > 1 else []), re.MULTILINE)
     near = f": did you mean {suggestions[0]}" if "Perhaps" in box and suggestions else ""
     return message.rstrip("?.") + near
