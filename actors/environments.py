@@ -7,6 +7,8 @@ which observation to act on next, and where an episode's last observation is.
 from __future__ import annotations
 
 import difflib
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -22,6 +24,13 @@ from common.errors import UserError
 from common.messages import Array
 
 actors.gridworld.register()
+
+Wrap = Callable[[VectorEnv[Any, Any, Any]], VectorEnv[Any, Any, Any]]
+"""What is put around the vector environment of ale-py or Gymnasium: a recorder, say."""
+
+
+def _same(envs: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
+    return envs
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +77,24 @@ class AtariEnvironment:
     games show zero lives while they still run; a truncated one always is.
     """
 
-    def __init__(self, config: EnvConfig, num_envs: int, *, num_threads: int = 1) -> None:
+    def __init__(self, config: EnvConfig, num_envs: int, *, num_threads: int = 1, wrap: Wrap = _same) -> None:
         check_atari_game(config.game)
-        self._envs = AtariVectorEnv(
-            config.game,
-            num_envs,
-            num_threads=min(num_threads, num_envs),
-            max_num_frames_per_episode=config.max_episode_frames,
-            repeat_action_probability=config.sticky_action_probability,
-            full_action_space=config.full_action_set,
-            autoreset_mode=AutoresetMode.NEXT_STEP,
-            stack_num=1,
-            frameskip=config.frame_skip,
-            noop_max=config.noop_max,
-            life_loss_info=config.life_loss_terminates,
-            episodic_life=False,
-            reward_clipping=False,
+        self._envs = wrap(
+            AtariVectorEnv(
+                config.game,
+                num_envs,
+                num_threads=min(num_threads, num_envs),
+                max_num_frames_per_episode=config.max_episode_frames,
+                repeat_action_probability=config.sticky_action_probability,
+                full_action_space=config.full_action_set,
+                autoreset_mode=AutoresetMode.NEXT_STEP,
+                stack_num=1,
+                frameskip=config.frame_skip,
+                noop_max=config.noop_max,
+                life_loss_info=config.life_loss_terminates,
+                episodic_life=False,
+                reward_clipping=False,
+            )
         )
         self.num_envs = num_envs
         self.spec = EnvSpec(
@@ -164,6 +175,11 @@ class GymnasiumEnvironment:
             final = self._planes(observations)
             observations, _ = self._envs.reset(options={"reset_mask": ended})
             return final, observations
+        if "final_obs" not in info:
+            raise UserError(
+                "the vector environment begins the next episode in the same step, but gives no info['final_obs']: give the last "
+                "observations there, or declare autoreset_mode NEXT_STEP in its metadata and reset one step later"
+            )
         final = self._planes(observations).copy()
         for row in np.flatnonzero(ended):
             final[row] = np.asarray(info["final_obs"][row], dtype=final.dtype)
@@ -174,16 +190,18 @@ class GymnasiumEnvironment:
         return planes.reshape(-1, *self.spec.plane_shape)
 
 
-def make_environment(config: EnvConfig, num_envs: int, *, num_threads: int = 1, render: bool = False) -> VectorEnvironment:
+def make_environment(
+    config: EnvConfig, num_envs: int, *, num_threads: int = 1, render: bool = False, wrap: Wrap = _same
+) -> VectorEnvironment:
     """Builds the environment that the configuration names.
 
     Raises:
       UserError: for an unknown game (with the nearest one), continuous actions or a structured observation.
     """
     if config.is_atari:
-        return AtariEnvironment(config, num_envs, num_threads=num_threads)
+        return AtariEnvironment(config, num_envs, num_threads=num_threads, wrap=wrap)
     try:
-        gymnasium_spec = gymnasium.spec(config.game)
+        gymnasium_spec = find_gymnasium(config.game)
         has_scalar = gymnasium_spec.entry_point is not None
         kwargs: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
         envs = gymnasium.make_vec(
@@ -193,14 +211,34 @@ def make_environment(config: EnvConfig, num_envs: int, *, num_threads: int = 1, 
             vector_kwargs={"autoreset_mode": AutoresetMode.NEXT_STEP} if has_scalar else None,
             **kwargs,
         )
-    except gymnasium.error.UnregisteredEnv as error:
-        raise UserError(f"unknown environment {config.game!r}{_nearest(config.game, list(gymnasium.registry))}") from error
     except gymnasium.error.DependencyNotInstalled as error:
         raise UserError(f"environment {config.game!r} needs a package that is not installed: {error}") from error
     except gymnasium.error.Error as error:
         text = " ".join(str(error).split())
         raise UserError(f"environment {config.game!r} cannot be made: {text}") from error
-    return GymnasiumEnvironment(envs, config.frame_stack)
+    return GymnasiumEnvironment(wrap(envs), config.frame_stack)
+
+
+def find_gymnasium(game: str) -> gymnasium.envs.registration.EnvSpec:
+    """Returns what Gymnasium knows of an id; `module:Id-v0` imports the module first, which registers it.
+
+    Raises:
+      UserError: for a module that cannot be imported, or an unknown id (with the nearest one).
+    """
+    module, _, name = game.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+    except Exception as error:  # The user's module may raise anything.
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name == module
+        advice = "put its directory on PYTHONPATH, or install it" if is_absent else "mend that module"
+        raise UserError(
+            f"environment {game!r}: importing {module!r} raised {type(error).__name__}: {error}; {advice}"
+        ) from error
+    try:
+        return gymnasium.spec(name)
+    except gymnasium.error.UnregisteredEnv as error:
+        raise UserError(f"unknown environment {game!r}{_nearest(name, list(gymnasium.registry))}") from error
 
 
 def push_planes(stacks: Array, planes: Array, is_first: Array, rows: Array | slice = slice(None)) -> None:

@@ -1,6 +1,7 @@
 """The command line. A user's mistake ends in one line and exit status 2.
 
-qfleet train RECIPE [flags]      qfleet resume RUN [flags]      qfleet evaluate RUN [flags]      qfleet bench replay [flags]
+qfleet train RECIPE [flags]      qfleet resume RUN [flags]          qfleet evaluate RUN [flags]
+qfleet plan RECIPE [flags]       qfleet check-env ENV [flags]       qfleet bench replay [flags]
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _USAGE = """usage: qfleet train RECIPE [flags]     train; the same command on th
        qfleet resume RUN [flags]       continue a run with its own settings
        qfleet evaluate RUN [flags]     play a run's last checkpoint: --episodes, --json, --video
        qfleet plan RECIPE [flags]      print what a run will take of this machine, and what to change where it does not fit
+       qfleet check-env ENV [flags]    say what is wrong with an environment: MyEnv-v0, module:MyEnv-v0, pong
        qfleet bench replay [flags]     measure the replay shards alone: --game, --topology, --json
        qfleet COMMAND ... --help       every flag with its meaning, unit and default
 
@@ -35,8 +37,10 @@ _SUBJECTS = {
     "plan": "a recipe",
     "resume": "a run directory",
     "evaluate": "a run directory",
+    "check-env": "an environment",
     "bench": "what to measure (replay)",
 }
+
 _REGISTRY = ConstructorRegistry()
 T = TypeVar("T")
 
@@ -77,6 +81,32 @@ class EvaluateFlags:
             raise ValueError(f"--epsilon must be in [0, 1], got {self.epsilon}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckEnvFlags:
+    """Plays an environment alone and through actor and replay, and says what is wrong with it."""
+
+    n_step: int = 3
+    """Steps of a transition."""
+    frame_stack: int | None = None
+    """Observations stacked to one network input. None: 4 for an Atari game, else 1."""
+    steps: int = 2_000
+    """Steps to play with each environment."""
+    num_envs: int = 2
+    """Environments stepped together."""
+    seed: int = 0
+    """Of the environments and of the random actions."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_step", "frame_stack", "num_envs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        if self.steps < 100:
+            raise ValueError(f"--steps must be at least 100, got {self.steps}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {self.seed}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -101,11 +131,10 @@ def _dispatch(words: list[str]) -> int:
     if command not in _SUBJECTS:
         raise UserError(f"unknown command {command!r}{_nearest(command, list(_SUBJECTS))}; qfleet --help lists them")
     if not rest or rest[0].startswith("-"):
-        subject = _SUBJECTS[command]
         if rest and rest[0] in ("-h", "--help"):
             print(usage)
             return 0
-        raise UserError(f"qfleet {command} needs {subject} first; qfleet --help lists them")
+        raise UserError(f"qfleet {command} needs {_SUBJECTS[command]} first; qfleet --help lists them")
     subject, *flags = rest
     if command == "bench":
         if subject != "replay":
@@ -124,6 +153,18 @@ def _dispatch(words: list[str]) -> int:
             seed=chosen.seed,
             json_path=chosen.json,
             video=chosen.video,
+        )
+    if command == "check-env":
+        from deploy.check_env import check_env
+
+        asked = _parse(CheckEnvFlags, CheckEnvFlags(), flags, "qfleet check-env ENV")
+        return check_env(
+            subject,
+            n_step=asked.n_step,
+            frame_stack=asked.frame_stack,
+            steps=asked.steps,
+            num_envs=asked.num_envs,
+            seed=asked.seed,
         )
     from deploy import run_dir
     from deploy.train import resume, train
@@ -167,7 +208,7 @@ def _condense(box: str) -> str:
     rules = [i for i, line in enumerate(lines) if not re.search(r"[^─-]", line) or line.startswith(("─", "- ", "--- "))]
     message = " ".join(lines[rules[0] + 1 : rules[1]]) if len(rules) > 1 else " ".join(lines)
     message = re.sub(r"^Error parsing ", "", message)
-    message = re.sub(r"^(RunConfig|EvaluateFlags|BenchReplayFlags|\w+(?=: \w+\.\w)): ", "", message)
+    message = re.sub(r"^(RunConfig|EvaluateFlags|BenchReplayFlags|CheckEnvFlags|\w+(?=: \w+\.\w)): ", "", message)
     suggestions = re.findall(r"^--[a-z][\w.-]*", "\n".join(lines[rules[1] :] if len(rules) > 1 else []), re.MULTILINE)
     near = f": did you mean {suggestions[0]}" if "Perhaps" in box and suggestions else ""
     return message.rstrip("?.") + near
