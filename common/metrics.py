@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,6 +64,19 @@ class SenderCount:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WaitStatus:
+    """How one side stands with the limiter of a shard."""
+
+    who: Literal["actors", "learner"]
+    reason: str | None
+    """Whom it waits for and what is missing, or None where it may go on."""
+    seconds: float
+    """Since it was refused; 0 where it may go on."""
+    total_seconds: float
+    """Of all its waiting since the shard's start, until now."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShardStats:
     """State and counts of one shard since its start, in transitions where it does not say otherwise."""
 
@@ -85,6 +99,8 @@ class ShardStats:
     """Who waits for this shard, for what."""
     senders: dict[tuple[int, int], SenderCount]
     """By (actor slot, incarnation)."""
+    waits: list[WaitStatus] = field(default_factory=list)
+    """How the actors and the learner stand with the limiter, and for how long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
