@@ -95,8 +95,8 @@ class ShardStats:
     """Priorities dropped, because their items had gone."""
     resident_bytes: int
     """Memory of planes, index and tree that was ever written to: the shard's share of its process."""
-    waits_for: list[str]
-    """Who waits for this shard, for what."""
+    waits: list[WaitStatus]
+    """How actors and learner stand with its limiter."""
     senders: dict[tuple[int, int], SenderCount]
     """By (actor slot, incarnation)."""
     waits: list[WaitStatus] = field(default_factory=list)

@@ -202,7 +202,7 @@ class Producer:
             latencies += self._collect(in_flight)
         while in_flight:
             latencies += self._collect(in_flight)
-        ray.get([shard.call.remote("may_insert") for shard in self._shards], timeout=_TIMEOUT_SECONDS)
+        ray.get([shard.call.remote("ask_to_insert") for shard in self._shards], timeout=_TIMEOUT_SECONDS)
         return time.perf_counter() - started, latencies
 
     def _collect(self, in_flight: dict[Any, float]) -> Iterator[float]:

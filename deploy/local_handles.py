@@ -17,11 +17,11 @@ class LocalReplayWriter:
         self._next = 0
 
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
-        sentences = [shard.may_insert() for shard in self._shards]
+        sentences = [shard.ask_to_insert() for shard in self._shards]
         return None if None in sentences else sentences[0]
 
     def push(self, message: Array, num_transitions: int) -> None:
-        while self._shards[self._next].may_insert() is not None:
+        while self._shards[self._next].ask_to_insert() is not None:
             self._next = (self._next + 1) % len(self._shards)
         self._shards[self._next].insert(message)
         self._next = (self._next + 1) % len(self._shards)

@@ -129,7 +129,11 @@ class Progress:
         return sentences
 
     def waits(self) -> list[str]:
-        """Returns who waits for whom, now."""
+        """Returns who waits for whom, now: what the limiters say, with how long; else what actors and learner say."""
+        waits = [wait for shard in self.shards for wait in shard.waits if wait.reason]
+        if waits:
+            waits.sort(key=lambda wait: -wait.seconds)
+            return [f"{wait.reason} ({wait.seconds:.1f} s)" for wait in waits]
         sentences = [stats.waits_for for stats in self.actors.values() if stats.waits_for]
         sentences += [self.learner.waits_for] if self.learner and self.learner.waits_for else []
         return sorted(set(sentences))
@@ -156,7 +160,7 @@ class Progress:
             row["actor/waiting_fraction"] = self._rate("actor_waiting", waiting / len(self.actors), seconds)
         if self.returns:
             row["actor/training_return_mean"] = _mean(list(self.returns))
-        row |= self._learner_row(seconds) | self._shard_row()
+        row |= self._learner_row(seconds) | self._shard_row() | self._waits_row(seconds)
         if self.evaluation is not None and self._evaluation_is_new:
             self._evaluation_is_new = False
             row["evaluator/return_mean"] = self.evaluation.mean_return
@@ -202,6 +206,14 @@ class Progress:
             "shard/refused_chunks": total["num_refused_chunks"],
             "shard/stale_priority_updates": sum(shard.num_stale_priority_updates for shard in self.shards),
         }
+
+    def _waits_row(self, seconds: float) -> dict[str, Any]:
+        """Parts of the time for which the limiters held actors and learner back, mean over the shards."""
+        row: dict[str, Any] = {}
+        for who in ("actors", "learner") if self.shards else ():
+            total = sum(wait.total_seconds for shard in self.shards for wait in shard.waits if wait.who == who)
+            row[f"shard/{who}_waiting_fraction"] = self._rate(f"{who}_held_back", total / len(self.shards), seconds)
+        return row
 
     def _rate(self, name: str, value: float, seconds: float) -> float | None:
         before, self._previous[name] = self._previous.get(name), value

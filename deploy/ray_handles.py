@@ -125,7 +125,7 @@ class RayReplayWriter:
         due = [i for i, waits_for in enumerate(self._waits_for) if waits_for is not None and now >= self._ask_again_at[i]]
         for shard in due:
             try:
-                self._waits_for[shard] = ray.get(self._shards[shard].call.remote("may_insert"), timeout=timeout_seconds)
+                self._waits_for[shard] = ray.get(self._shards[shard].call.remote("ask_to_insert"), timeout=timeout_seconds)
                 self._ask_again_at[shard] = time.monotonic() + _POLL_SECONDS
             except GetTimeoutError:
                 self._waits_for[shard] = f"actors wait for shard {shard} to answer"

@@ -65,7 +65,7 @@ class ReplayShard:
         self._capacity = capacity
         self._priority_exponent = priority_exponent
         self._send_compressed = send_compressed
-        self._limiter = RateLimiter(min_size, samples_per_insert, limiter_buffer_samples)
+        self._limiter = RateLimiter(min_size, samples_per_insert, limiter_buffer_samples, capacity=capacity)
         self._rng = np.random.default_rng(seed)
         self._items = np.zeros(capacity, _item_dtype(spec.frame_stack))
         self._tree = SumTree(capacity) if priority_exponent > 0 else None
@@ -98,19 +98,19 @@ class ReplayShard:
             refused = chunk.num_transitions if chunk else 0
             if chunk and chunk.run == self._run:
                 self._count(chunk, inserted=0, refused=refused)
-            return InsertReply(num_inserted=0, num_refused=refused, refusal=str(error), waits_for=self.may_insert())
+            return InsertReply(num_inserted=0, num_refused=refused, refusal=str(error), waits_for=self.ask_to_insert())
         self._append(chunk)
         self._count(chunk, inserted=chunk.num_transitions, refused=0)
         self._limiter.num_inserted += chunk.num_transitions
-        return InsertReply(num_inserted=chunk.num_transitions, num_refused=0, refusal=None, waits_for=self.may_insert())
+        return InsertReply(num_inserted=chunk.num_transitions, num_refused=0, refusal=None, waits_for=self.ask_to_insert())
 
-    def may_insert(self) -> str | None:
-        """Returns None where actors may push, else the sentence whom they wait for."""
-        return self._named(self._limiter.may_insert(self.size))
+    def ask_to_insert(self) -> str | None:
+        """Returns None where actors may push, else the sentence whom they wait for; from then on they count as waiting."""
+        return self._named(self._limiter.ask_to_insert(self.size))
 
     def sample(self, num_items: int) -> SampleReply:
         """Draws items with replacement, by priority or uniformly, where the limiter allows it."""
-        waits_for = self._may_sample(num_items)
+        waits_for = self._named(self._explained(self._limiter.ask_to_sample(num_items, self.size)))
         if waits_for is None and self._tree is not None and self._tree.total() <= 0:
             waits_for = self._named("the learner waits for a transition whose priority is not zero")
         if waits_for is not None:
@@ -141,6 +141,15 @@ class ReplayShard:
             self._tree.set(slots, update.priority[resident] ** self._priority_exponent)
         return int(resident.sum())
 
+    def set_limiter(self, *, min_size: int, samples_per_insert: float | None, limiter_buffer_samples: int) -> None:
+        """Changes the limiter while the run goes on, as `RateLimiter.set` does; this shard's own shares.
+
+        Raises UserError, changing nothing, for settings under which somebody would wait for ever.
+        """
+        self._limiter.set(
+            size=self.size, min_size=min_size, samples_per_insert=samples_per_insert, buffer_samples=limiter_buffer_samples
+        )
+
     def stats(self) -> ShardStats:
         """Returns the shard's counters, a copy."""
         size = self.size
@@ -157,7 +166,7 @@ class ReplayShard:
             num_priority_updates=self._num_priority_updates,
             num_stale_priority_updates=self._num_stale_priority_updates,
             resident_bytes=self._store.resident_bytes + self._index_resident_bytes(),
-            waits_for=[w for w in (self.may_insert(), self._may_sample(1)) if w],
+            waits=[replace(wait, reason=self._named(self._explained(wait.reason))) for wait in self._limiter.waits(size)],
             senders={sender: replace(count) for sender, count in self._senders.items()},
         )
 
@@ -170,11 +179,11 @@ class ReplayShard:
             gone = np.setdiff1d(np.arange(self._capacity), slots)
             assert (self._tree.values[gone] == 0).all()
 
-    def _may_sample(self, num_items: int) -> str | None:
-        waits_for = self._limiter.may_sample(num_items, self.size)
-        if waits_for is not None and self._starves and self.size < self._limiter.min_size:
-            waits_for += ", which its memory cannot hold: raise --replay.memory or lower --replay.min-size"
-        return self._named(waits_for)
+    def _explained(self, reason: str | None) -> str | None:
+        """Adds what to do where the minimum size cannot be reached."""
+        if reason is not None and self._starves and self.size < self._limiter.min_size:
+            reason += ", which its memory cannot hold: raise --replay.memory or lower --replay.min-size"
+        return reason
 
     def _named(self, waits_for: str | None) -> str | None:
         return waits_for and f"shard {self._shard_index}: {waits_for}"

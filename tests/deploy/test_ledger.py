@@ -19,7 +19,7 @@ def shard(index, size, evicted, senders):
         num_priority_updates=0,
         num_stale_priority_updates=0,
         resident_bytes=0,
-        waits_for=[],
+        waits=[],
         senders={sender: SenderCount(*counts) for sender, counts in senders.items()},
     )
 

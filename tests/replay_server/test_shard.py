@@ -569,13 +569,13 @@ def test_shard_asks_its_limiter_and_names_itself(chunk_of):
     assert reply.waits_for == "shard 3: the learner waits for actors: 3 of 6 transitions to start"
     assert shard.insert(wire.pack(chunk_of(rng))).waits_for is None
     assert shard.insert(wire.pack(chunk_of(rng))).waits_for == "shard 3: actors wait for the learner: 2 more samples due"
-    assert shard.may_insert() == "shard 3: actors wait for the learner: 2 more samples due"  # (9 - 6) * 2 - 4
-    assert shard.stats().waits_for == [shard.may_insert()]
+    assert shard.ask_to_insert() == "shard 3: actors wait for the learner: 2 more samples due"  # (9 - 6) * 2 - 4
+    assert shard.stats().waits_for == [shard.ask_to_insert()]
     assert shard.insert(wire.pack(chunk_of(rng))).num_inserted == 3  # What is under way is never refused.
     for _ in range(4):
         sample(shard, 4)
     assert shard.stats().num_sampled == 16
-    assert shard.may_insert() is None
+    assert shard.ask_to_insert() is None
     assert shard.sample(4).waits_for == "shard 3: the learner waits for actors: 2 more transitions due"  # (20 - 16) / 2
     assert shard.stats().num_sampled == 16
 
