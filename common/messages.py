@@ -23,6 +23,7 @@ CODECS = ("lz4", "raw")
 MAX_PRIORITY = 1e40  # Above any float32 TD error; sums of these stay far from overflow.
 MAX_CHUNK_BYTES = 1 << 26  # Of a chunk's planes when decoded: tiny blocks may stand for much memory.
 MAX_PLANE_BYTES = 1 << 24  # A plane of 4096 x 4096 bytes: no game's observation is larger.
+MAX_PLANE_RANK = 4
 MAX_PLANES_PER_BLOCK = 64
 
 
@@ -80,6 +81,8 @@ class Planes:
             raise WireError(f"codec: {self.codec!r} is not one of {CODECS}")
         if self.plane_dtype not in ("|u1", "<f4"):
             raise WireError(f"plane_dtype: {self.plane_dtype!r} is neither |u1 nor <f4")
+        if not 1 <= len(self.plane_shape) <= MAX_PLANE_RANK:
+            raise WireError(f"plane_shape: {len(self.plane_shape)} dimensions, not 1 to {MAX_PLANE_RANK}")
         if self.plane_num_bytes > MAX_PLANE_BYTES:
             raise WireError(f"plane_shape: {self.plane_num_bytes} bytes a plane, more than {MAX_PLANE_BYTES}")
         offsets = self.block_offsets.astype(np.int64)

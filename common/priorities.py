@@ -15,21 +15,23 @@ def priority(td_error: Array, *, floor: float) -> Array:
     return np.abs(td_error.astype(np.float64)) + floor
 
 
-def importance_weights(probability: Array, num_items: int, *, exponent: float) -> Array:
-    """Corrects for drawing items with unequal probability.
+def importance_weights(probability: Array, draw_probability: Array, num_items: int, *, exponent: float) -> Array:
+    """Corrects for drawing items with unequal probability, and for drawing them from several shards.
 
-        importance_weight = (1 / (num_items * probability)) ** exponent, over its maximum in the batch
+        importance_weight = (1 / (num_items * probability)) ** exponent * probability / draw_probability
 
-    Over several shards `probability` is (share of the batch asked of the shard) * (priority / mass of the shard) and
-    `num_items` counts the items of all shards, so that sharding changes no expectation.
+    over its maximum in the batch. The first factor is the paper's, with the probability that one table of all items would
+    draw with; the second one makes up for shards that are asked for more, or less, than their part of the priorities. It is 1
+    where there is one shard. So sharding changes no expectation, whatever the exponent.
 
     Args:
-      probability: f64[B] in (0, 1], of the merged batch.
+      probability: f64[B] in (0, 1]: priority / mass of all shards.
+      draw_probability: f64[B] in (0, 1]: (share of the batch asked of the shard) * (priority / mass of the shard).
       num_items: items of all shards. It cancels in the normalization, and stands here as in the paper's formula.
       exponent: beta, 0 no correction, 1 full correction.
 
     Returns:
       f32[B] in (0, 1].
     """
-    correction = (num_items * probability) ** -exponent
+    correction = (num_items * probability) ** -exponent * (probability / draw_probability)
     return np.asarray(correction / correction.max(), dtype=np.float32)

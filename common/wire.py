@@ -78,7 +78,9 @@ def unpack(data: Array, cls: type[M]) -> M:
     Raises:
       WireError: naming the field, where anything is not exactly as the class declares it.
     """
-    buffer = np.ascontiguousarray(data, dtype=np.uint8).data.toreadonly()
+    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 1:
+        raise WireError("prefix: a message is a one-dimensional array of uint8")
+    buffer = np.ascontiguousarray(data).data.toreadonly()
     header, start = _read_header(buffer, cls)
     values: dict[str, Any] = {}
     dims: dict[str, int] = {}
@@ -153,7 +155,7 @@ def _read_array(
         raise WireError(f"{name}: missing")
     shape, offset = entry
     if not all(type(n) is int and 0 <= n < 1 << 40 for n in [*shape, offset]) or offset % _ALIGNMENT:
-        raise WireError(f"{name}: shape {shape} or offset {offset} is not valid")
+        raise WireError(f"{name}: its shape or offset is not valid")
     if len(shape) != len(metadata["dims"]):
         raise WireError(f"{name}: rank {len(shape)}, expected {len(metadata['dims'])}")
     for dim, length in zip(metadata["dims"], shape, strict=True):

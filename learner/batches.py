@@ -63,11 +63,14 @@ def merge(
 ) -> Batch:
     """Merges the shards' parts into one batch.
 
-    The probability of an item of shard s is (share of the batch asked of s) * (its probability there); the importance
-    weights use the items of all shards and are normalized over the merged batch, so sharding changes no expectation.
+    An item of shard s is drawn with (share of the batch asked of s) * (its probability there), and one table of all items
+    would draw it with (its priority over the mass of all shards); the importance weights know both, use the items of all shards
+    and are normalized over the merged batch, so sharding changes no expectation.
     """
     batch_size = sum(len(part.item_id) for part in parts)
-    probability = np.concatenate([part.probability * (len(part.item_id) / batch_size) for part in parts])
+    mass = sum(part.priority_mass for part in parts)
+    probability = np.concatenate([part.probability * (part.priority_mass / mass) for part in parts])
+    draw_probability = np.concatenate([part.probability * (len(part.item_id) / batch_size) for part in parts])
     num_items = sum(part.size for part in parts)
     stacks = unpack_stacks(parts, unpacker)
     s_tm1, s_t = (prepare(torch.from_numpy(half).to(device, non_blocking=True)) for half in stacks)
@@ -81,7 +84,9 @@ def merge(
         a_tm1=joined("a_tm1", np.int64),
         r_t=joined("r_t", np.float32),
         discount_t=joined("discount_t", np.float32),
-        importance_weight=torch.from_numpy(importance_weights(probability, num_items, exponent=importance_exponent)).to(device),
+        importance_weight=torch.from_numpy(
+            importance_weights(probability, draw_probability, num_items, exponent=importance_exponent)
+        ).to(device),
         shares=tuple((part.shard_index, part.shard_epoch, part.item_id.copy()) for part in parts),
         mean_params_version=float(np.mean(np.concatenate([part.params_version for part in parts]))),
     )
