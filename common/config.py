@@ -415,7 +415,7 @@ class RunConfig:
         given, needed = self.replay.limiter_buffer_samples, self.min_limiter_buffer_samples
         _require(
             given is None or given >= needed,
-            f"replay.limiter_buffer_samples {given} would block actors and learner for ever: it must be at least {needed}",
+            f"replay.limiter_buffer_samples {given} holds less than a batch, or than the samples that one chunk pays for: it must be at least {needed}",
         )
 
     @property

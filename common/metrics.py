@@ -96,11 +96,9 @@ class ShardStats:
     resident_bytes: int
     """Memory of planes, index and tree that was ever written to: the shard's share of its process."""
     waits: list[WaitStatus]
-    """How actors and learner stand with its limiter."""
+    """How the actors and the learner stand with its limiter, and for how long."""
     senders: dict[tuple[int, int], SenderCount]
     """By (actor slot, incarnation)."""
-    waits: list[WaitStatus] = field(default_factory=list)
-    """How the actors and the learner stand with the limiter, and for how long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,6 +25,7 @@ from common.errors import UserError
 _USAGE = """usage: qfleet train RECIPE [flags]     train; the same command on the same run directory continues it
        qfleet resume RUN [flags]       continue a run with its own settings
        qfleet evaluate RUN [flags]     play a run's last checkpoint: --episodes, --json, --video
+       qfleet adjust RUN [flags]       change the limiter of a run that is under way: --samples-per-insert, --min-size
        qfleet plan RECIPE [flags]      print what a run will take of this machine, and what to change where it does not fit
        qfleet check-env ENV [flags]    say what is wrong with an environment: MyEnv-v0, module:MyEnv-v0, pong
        qfleet bench replay [flags]     measure the replay shards alone: --game, --topology, --json
@@ -37,6 +38,7 @@ _SUBJECTS = {
     "plan": "a recipe",
     "resume": "a run directory",
     "evaluate": "a run directory",
+    "adjust": "a run directory",
     "check-env": "an environment",
     "bench": "what to measure (replay)",
 }
@@ -142,6 +144,10 @@ def _dispatch(words: list[str]) -> int:
         from deploy.bench import BenchReplayFlags, bench_replay
 
         return bench_replay(_parse(BenchReplayFlags, BenchReplayFlags(), flags, "qfleet bench replay"))
+    if command == "adjust":
+        from deploy.adjust import AdjustFlags, adjust
+
+        return adjust(Path(subject), _parse(AdjustFlags, AdjustFlags(), flags, f"qfleet adjust {subject}"))
     if command == "evaluate":
         from deploy.evaluate import evaluate
 
@@ -208,7 +214,7 @@ def _condense(box: str) -> str:
     rules = [i for i, line in enumerate(lines) if not re.search(r"[^─-]", line) or line.startswith(("─", "- ", "--- "))]
     message = " ".join(lines[rules[0] + 1 : rules[1]]) if len(rules) > 1 else " ".join(lines)
     message = re.sub(r"^Error parsing ", "", message)
-    message = re.sub(r"^(RunConfig|EvaluateFlags|BenchReplayFlags|CheckEnvFlags|\w+(?=: \w+\.\w)): ", "", message)
+    message = re.sub(r"^(RunConfig|EvaluateFlags|BenchReplayFlags|CheckEnvFlags|AdjustFlags|\w+(?=: \w+\.\w)): ", "", message)
     suggestions = re.findall(r"^--[a-z][\w.-]*", "\n".join(lines[rules[1] :] if len(rules) > 1 else []), re.MULTILINE)
     near = f": did you mean {suggestions[0]}" if "Perhaps" in box and suggestions else ""
     return message.rstrip("?.") + near

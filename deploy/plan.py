@@ -216,7 +216,7 @@ def _memory_advice(config: RunConfig, roles: list[RoleMemory], missing: int) -> 
     """Says which one setting makes the run fit, by how much; both, where neither does alone."""
     advice = []
     if config.replay.memory - missing >= _MIB:
-        advice.append(f"lower --replay.memory to {ByteSize((config.replay.memory - missing) // _MIB * _MIB)}")
+        advice.append(f"lower --replay.memory to {(config.replay.memory - missing) // _MIB}MiB")
     each = next((role.ram for role in roles if role.role == "actor"), 0)
     num_fewer = -(-missing // each) if each else config.actors.num_actors
     if config.actors.num_actors > num_fewer:

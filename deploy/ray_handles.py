@@ -43,8 +43,8 @@ class Worker:
         self._role = function(*args)
         return WorkerAddress(socket.gethostname(), os.getpid())
 
-    def call(self, method: str, *args: Any) -> Any:
-        return getattr(self._role, method)(*args)
+    def call(self, method: str, *args: Any, **named: Any) -> Any:
+        return getattr(self._role, method)(*args, **named)
 
 
 class RayReplayWriter:

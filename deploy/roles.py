@@ -43,11 +43,19 @@ def shard_shares(config: RunConfig) -> dict[str, Any]:
     return {
         "memory": int(replay.memory) // replay.num_shards,
         "capacity": -(-replay.capacity // replay.num_shards),
+        "priority_exponent": replay.priority_exponent,
+        "send_compressed": replay.send_compressed,
+        **limiter_shares(config),
+    }
+
+
+def limiter_shares(config: RunConfig) -> dict[str, Any]:
+    """Returns one shard's share of what its limiter holds to: the arguments of `ReplayShard.set_limiter`."""
+    replay = config.replay
+    return {
         "min_size": -(-replay.min_size // replay.num_shards),
         "samples_per_insert": replay.samples_per_insert,
         "limiter_buffer_samples": -(-config.limiter_buffer_samples // replay.num_shards),
-        "priority_exponent": replay.priority_exponent,
-        "send_compressed": replay.send_compressed,
     }
 
 

@@ -47,6 +47,11 @@ class RunDirectory:
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.summary_path, summary)
 
+    def write_config(self, config: RunConfig) -> None:
+        """Writes settings that were changed while the run goes on, for those who continue it."""
+        info = read_run_json(self.path)
+        write_json(self.path / "run.json", info | {"config": config_module.as_dict(config)})
+
     def close(self) -> None:
         self._lock.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -10,6 +11,7 @@ from actors.actor import Actor
 from common.config import EnvSpec, RunConfig
 from common.errors import NonFiniteError
 from deploy import roles
+from deploy.adjust import take_up_adjustment
 from deploy.local_handles import LocalParams, LocalReplayReader, LocalReplayWriter
 from deploy.outcome import Outcome
 from deploy.params_store import ParamsStore
@@ -40,6 +42,10 @@ def run_serial(
         actors.append(roles.make_actor(config, spec, run_dir.run, slot, incarnation, steps, writer, params))
     roles.limit_threads(threads)
 
+    def set_limiters(shares: dict[str, Any]) -> None:
+        for shard in shards:
+            shard.set_limiter(**shares)
+
     fault: str | None = None
     next_row = next_checkpoint = time.monotonic()
     try:
@@ -57,6 +63,7 @@ def run_serial(
             now = time.monotonic()
             if now >= next_row:
                 next_row = now + config.log_period_seconds
+                config = take_up_adjustment(config, run_dir, progress, recorder, set_limiters)
                 _collect(progress, actors, learner, shards)
                 for sentence in progress.new_faults():
                     recorder.event(sentence)

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from common.config import EnvSpec, RunConfig
 from common.errors import NonFiniteError, UserError, WireError
 from deploy import roles
+from deploy.adjust import take_up_adjustment
 from deploy.outcome import Outcome
 from deploy.plan import CpuPlan, plan_cpus
 from deploy.progress import Progress
@@ -191,6 +192,7 @@ class Supervisor:
                 now = time.monotonic()
                 if now >= next_row:
                     next_row = now + config.log_period_seconds
+                    self._adjust()
                     self._read_shards()
                     self._recorder.row()
                 if now >= next_checkpoint:
@@ -211,6 +213,15 @@ class Supervisor:
             return Outcome(stopped_by, fault, digest, None)
         self._recorder.row()
         return Outcome(stopped_by, fault, digest, progress.ledger.balance(progress.shards))
+
+    def _adjust(self) -> None:
+        """Takes up a change of the limiters that `qfleet adjust` has left."""
+
+        def set_limiters(shares: dict[str, Any]) -> None:
+            calls = [shard.call.remote("set_limiter", **shares) for shard in self._shards]
+            self._answers(calls, _ANSWER_SECONDS, "the shards to change their limiters")
+
+        self._config = take_up_adjustment(self._config, self._run_dir, self._progress, self._recorder, set_limiters)
 
     def _take_answers(self) -> None:
         """Waits for an answer, takes in all that are there, and gives up workers that are long overdue."""

@@ -164,7 +164,7 @@ def test_the_ends_of_a_fraction_are_in_range():
                 replay=ReplayConfig(limiter_buffer_samples=31),
                 learner=LearnerConfig(batch_size=32),
             ),
-            r"^replay\.limiter_buffer_samples 31 would block actors and learner for ever: it must be at least 32",
+            r"^replay\.limiter_buffer_samples 31 holds less than a batch, or than the samples that one chunk pays for: it must be at least 32",
         ),
     ],
     ids=["min_size", "both_targets", "no_target", "seed", "shards", "torso", "limiter"],
