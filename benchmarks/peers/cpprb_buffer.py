@@ -36,9 +36,7 @@ def insert(bench: Bench, buffer: PrioritizedReplayBuffer, part: Transitions) -> 
     obs, next_obs = laid_out(part.s_tm1), laid_out(part.s_t)
 
     def add() -> None:
-        buffer.add(
-            obs=obs, next_obs=next_obs, act=part.a_tm1, rew=part.r_t, discount=part.discount_t, priorities=part.priority
-        )
+        buffer.add(obs=obs, next_obs=next_obs, act=part.a_tm1, rew=part.r_t, discount=part.discount_t, priorities=part.priority)
 
     bench.insert(add, len(part))
 

@@ -81,7 +81,11 @@ class Data:
 
     def n_step(self) -> Transitions:
         """Returns the first N transitions of 3 steps."""
-        return Transitions(**{name: self._files[name][: self.num_items] for name in Transitions.__dataclass_fields__})
+        return self.all_n_step()[: self.num_items]
+
+    def all_n_step(self) -> Transitions:
+        """Returns all transitions of 3 steps that the files have, also where N is less."""
+        return Transitions(**{name: self._files[name] for name in Transitions.__dataclass_fields__})
 
     def episodes(self) -> list[Episode]:
         """Returns episodes with N steps in all, N / 8 of each environment; the last of an environment may be cut short."""
@@ -178,7 +182,12 @@ class Bench:
         self._bytes_before = self._bytes_grown = 0
 
     def start(self) -> None:
-        """Notes the memory in use. Call it before the buffer is made."""
+        """Notes the memory in use. Call it before the buffer is made.
+
+        Memory that two stacks an item need is touched and given back first: in a virtual machine the first touch of a page
+        that the host has not yet backed costs ten times an ordinary page fault, and would be billed to whoever comes first.
+        """
+        np.ones(self.data.num_items * 2 * STACK * 84 * 84, np.uint8)
         self._bytes_before = memory_bytes()
 
     def insert(self, call: Callable[[], Any], num_transitions: int) -> Any:
@@ -204,18 +213,21 @@ class Bench:
                 self._sample_seconds.append(time.perf_counter() - began)
         return batch
 
-    def check(self, inserted: Transitions, sampled: dict[str, np.ndarray]) -> None:
+    def check(self, inserted: Transitions, sampled: dict[str, np.ndarray], *, s_t_counts: np.ndarray | bool = True) -> None:
         """Raises AssertionError unless every sampled row is one that was inserted.
 
-        `sampled` has s_tm1 and s_t as u8[B, 4, 84, 84], a_tm1, r_t and discount_t.
+        `sampled` has s_tm1 and s_t as u8[B, 4, 84, 84], a_tm1, r_t and discount_t. `s_t_counts`, bool[B], says where s_t must be
+        right: a buffer may leave anything there after a terminal state.
         """
         assert len(sampled["a_tm1"]) == self.batch, f"a batch of {len(sampled['a_tm1'])}"
         rows: dict[int, list[int]] = {}
         for row, plane in enumerate(inserted.s_tm1[:, -1].tolist()):
             rows.setdefault(zlib.crc32(self.data.planes[plane]), []).append(row)
+        counts = np.broadcast_to(s_t_counts, self.batch)
         for b in range(self.batch):
             candidates = rows.get(zlib.crc32(np.ascontiguousarray(sampled["s_tm1"][b, -1])), [])
-            assert any(self._is_row(inserted, row, sampled, b) for row in candidates), f"row {b} was never inserted"
+            found = any(self._is_row(inserted, row, sampled, b, s_t_counts=bool(counts[b])) for row in candidates)
+            assert found, f"row {b} was never inserted"
 
     def report(self, *, version: str, note: str = "") -> None:
         """Writes the JSON file."""
@@ -236,11 +248,11 @@ class Bench:
         }
         self._json.write_text(json.dumps(result, indent=2) + "\n")
 
-    def _is_row(self, inserted: Transitions, row: int, sampled: dict[str, np.ndarray], b: int) -> bool:
+    def _is_row(self, inserted: Transitions, row: int, sampled: dict[str, np.ndarray], b: int, *, s_t_counts: bool) -> bool:
         return (
             int(sampled["a_tm1"][b]) == inserted.a_tm1[row]
             and np.isclose(float(sampled["r_t"][b]), inserted.r_t[row], atol=1e-5)
             and np.isclose(float(sampled["discount_t"][b]), inserted.discount_t[row], atol=1e-5)
             and np.array_equal(sampled["s_tm1"][b], self.data.planes[inserted.s_tm1[row]])
-            and np.array_equal(sampled["s_t"][b], self.data.planes[inserted.s_t[row]])
+            and (not s_t_counts or np.array_equal(sampled["s_t"][b], self.data.planes[inserted.s_t[row]]))
         )

@@ -4,8 +4,6 @@ Each plane is appended once; an item's two stacks are slices of the writer's his
 items share. As in Acme's adder of n-step transitions, the scalars of an item are columns of their own. Transitions go in
 environment after environment, since a writer follows one environment.
 
-Modes: `auto_chunks` leaves the length of chunks to Reverb, the default; `chunks_of_1` puts each plane in a chunk of its own.
-
 Reverb's own advice, followed here (https://github.com/google-deepmind/reverb, README, and the docstrings of TrajectoryWriter and
 TrajectoryDataset): a signature for the table, overlapping trajectories by slices of the history, partial steps, flush with a
 bound on items in flight, a dataset with max_in_flight_samples_per_worker of twice the batch, batching and prefetching by tf.data.
@@ -16,6 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from dataclasses import dataclass
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -134,8 +133,6 @@ class Producer:
 def insert_all(bench: Bench, client: reverb.Client, transitions: Transitions) -> None:
     """Feeds the server in blocks of 256 planes."""
     writer = client.trajectory_writer(num_keep_alive_refs=16)
-    if bench.mode == "chunks_of_1":
-        writer.configure(("plane",), num_keep_alive_refs=16, max_chunk_length=1)
     producer = Producer(writer, bench.data, transitions)
     todo = arrivals(bench.data, transitions)
     for begin in range(0, len(todo), CHUNK):
@@ -145,11 +142,11 @@ def insert_all(bench: Bench, client: reverb.Client, transitions: Transitions) ->
 
 
 def main() -> None:
-    bench = Bench("reverb", ("auto_chunks", "chunks_of_1"))
+    bench = Bench("reverb")
     bench.start()
     context = multiprocessing.get_context("spawn")
     connection, theirs = context.Pipe()
-    server = context.Process(target=serve, args=(theirs, bench.data.num_items))
+    server = context.Process(target=serve, args=(theirs, bench.data.num_items), daemon=True)
     server.start()
     address = f"localhost:{connection.recv()}"
     client = reverb.Client(address)
@@ -173,7 +170,7 @@ def main() -> None:
         return sample
 
     bench.check(transitions, bench.sample(round_trip).data)
-    bench.report(version=reverb.__version__, note="server in another process; its dataset samples ahead")
+    bench.report(version=version("dm-reverb"), note="server in another process; its dataset samples ahead")
     connection.send(None)
     server.join(TIMEOUT_SECONDS)
 
