@@ -3,10 +3,10 @@
 Modes: `in_process`, as DQN has it; `actor`, the same buffer inside a Ray actor with one producer and one consumer.
 
 Episodes hold stacked observations: a sample is two observations and nothing before them, so a connector could not stack them
-afterwards. They come as numpy fragments of 256 steps, as an EnvRunner's do (`episodes_to_numpy`, `truncate_episodes`,
-`rollout_fragment_length`), and the sample's observations are stacked to arrays by `np.stack`, as the learner's connectors do.
-The buffer draws single steps until it has as many as asked for, and never a step with fewer than 3 after it. New steps get one
-priority a fragment, and each is one step's worth of memory (https://docs.ray.io/en/latest/rllib/rllib-replay-buffers.html).
+afterwards. They come as an EnvRunner's fragments of 256 steps (`truncate_episodes`, `rollout_fragment_length`), as lists
+(`episodes_to_numpy=False`), which it adds faster than arrays. The observations of a sample are put together by `np.stack`, as
+the learner's connectors do. New steps get one priority a fragment; steps with fewer than 3 after them are never sampled.
+Source: the docstrings of the class and https://docs.ray.io/en/latest/rllib/rllib-replay-buffers.html.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 import numpy as np
 import ray
@@ -74,7 +73,7 @@ def fragments(data: Data, episode: Episode) -> list[SingleAgentEpisode]:
             t_started=begin,
             len_lookback_buffer=0,
         )
-        parts.append(part.to_numpy() if os.environ.get("NP") else part)
+        parts.append(part)
     return parts
 
 
@@ -113,7 +112,9 @@ def insert_all(bench: Bench, buffer: Buffer | ActorHandle) -> None:
 def make_actor(capacity: int, directory: str) -> ActorHandle:
     """Starts a private Ray and the actor in it."""
     ray.init(address="local", include_dashboard=False, _temp_dir=directory, num_cpus=2, log_to_driver=False)
-    return ActorHandle(ray.remote(Buffer).remote(capacity))
+    actor = ray.remote(Buffer).remote(capacity)
+    ray.get(actor.__ray_ready__.remote(), timeout=TIMEOUT_SECONDS)
+    return ActorHandle(actor)
 
 
 def measure(bench: Bench, buffer: Buffer | ActorHandle) -> None:
