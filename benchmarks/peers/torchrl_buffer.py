@@ -14,22 +14,13 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-import warnings
 from importlib.metadata import version
 
 import numpy as np
 import torch
 from harness import CHUNK, Bench, Transitions, chunks
 from tensordict import TensorDict
-
-warnings.filterwarnings("ignore", message="Failed to import torchrl C")
-
-from torchrl.data import (
-    LazyMemmapStorage,
-    LazyTensorStorage,
-    TensorDictPrioritizedReplayBuffer,
-    TensorDictReplayBuffer,
-)
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictPrioritizedReplayBuffer, TensorDictReplayBuffer
 
 NUM_AHEAD = 3
 
