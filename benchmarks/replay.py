@@ -52,6 +52,10 @@ class Adapter:
     """Folder of build/peers with the peer's virtual environment; None: the project's own."""
 
     @property
+    def name(self) -> str:
+        return f"{self.peer} {self.mode}" if self.mode else self.peer
+
+    @property
     def python(self) -> Path:
         return ROOT / "build/peers" / self.environment / "bin/python" if self.environment else ROOT / ".venv/bin/python"
 
@@ -130,18 +134,22 @@ def summary(reports: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: good[0][name] for name in ("version", "mode", "items", "note")} | spreads | {"rounds": len(good)}
 
 
-def table(game: str, summaries: dict[Adapter, dict[str, Any]]) -> Table:
-    """Returns one game's table."""
+def show(console: Console, game: str, summaries: dict[Adapter, dict[str, Any]]) -> None:
+    """Prints one game's table, and below it the notes and what failed."""
     shown = Table(title=game)
-    for title in ("peer", "mode", "version", *COLUMNS.values(), "note"):
-        shown.add_column(title, justify="right" if title in COLUMNS.values() else "left")
+    shown.add_column("", no_wrap=True)
+    for title in COLUMNS.values():
+        shown.add_column(title, justify="right", no_wrap=True)
+    for adapter, row in summaries.items():
+        if "failed" not in row:
+            shown.add_row(adapter.name, *[_with_spread(row[name]) for name in COLUMNS])
+    console.print(shown)
     for adapter, row in summaries.items():
         if "failed" in row:
-            shown.add_row(adapter.peer, adapter.mode or "", "", *[""] * len(COLUMNS), row["failed"])
+            console.print(f"{adapter.name}: no result: {row['failed']}", markup=False)
         else:
-            numbers = [_with_spread(row[name]) for name in COLUMNS]
-            shown.add_row(adapter.peer, adapter.mode or "", row["version"], *numbers, row["note"])
-    return shown
+            parts = (row["version"], f"{row['items']:,} items", row["note"])
+            console.print(f"{adapter.name}: {', '.join(filter(None, parts))}", markup=False)
 
 
 def _with_spread(spread: dict[str, float]) -> str:
@@ -179,15 +187,15 @@ def main() -> None:
     adapters = own_adapters() + peer_adapters()
     arguments = parse_arguments(list(dict.fromkeys(adapter.peer for adapter in adapters)))
     adapters = [adapter for adapter in adapters if adapter.peer in arguments.peers]
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     data = {game: collect(Recipe(game=game, num_items=max(arguments.items, 60_000))) for game in arguments.games}
     reports: dict[tuple[str, Adapter], list[dict[str, Any]]] = {(g, a): [] for g in arguments.games for a in adapters}
     for number in range(arguments.rounds):
         for (game, adapter), so_far in reports.items():
-            console.print(f"round {number + 1} of {arguments.rounds}: {game}, {adapter.peer} {adapter.mode or ''}")
+            console.print(f"round {number + 1} of {arguments.rounds}: {game}, {adapter.name}")
             so_far.append(measure(adapter, data[game], arguments))
     for game in arguments.games:
-        console.print(table(game, {adapter: summary(reports[game, adapter]) for adapter in adapters}))
+        show(console, game, {adapter: summary(reports[game, adapter]) for adapter in adapters})
     if arguments.json:
         rows = [
             {"game": game, "adapter": adapter.peer, "mode": adapter.mode, "summary": summary(runs), "runs": runs}

@@ -6,7 +6,7 @@ environment after environment, since a writer follows one environment.
 
 Reverb's own advice, followed here (https://github.com/google-deepmind/reverb, README, and the docstrings of TrajectoryWriter and
 TrajectoryDataset): a signature for the table, overlapping trajectories by slices of the history, partial steps, flush with a
-bound on items in flight, a dataset with max_in_flight_samples_per_worker of twice the batch, batching and prefetching by tf.data.
+bound on items in flight, a dataset of several workers with max_in_flight_samples_per_worker of twice the batch, batching and prefetching by tf.data.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from harness import CHUNK, STACK, Bench, Data, Transitions
 
 TABLE = "replay"
 TIMEOUT_SECONDS = 300
+NUM_WORKERS = 4  # Of the dataset: faster than 1 and than its own choice on 2 cores.
 
 
 def serve(connection: Connection, capacity: int) -> None:
@@ -159,6 +160,7 @@ def main() -> None:
         server_address=address,
         table=TABLE,
         max_in_flight_samples_per_worker=2 * bench.batch,
+        num_workers_per_iterator=NUM_WORKERS,
         rate_limiter_timeout_ms=1000 * TIMEOUT_SECONDS,
     )
     batches = dataset.batch(bench.batch, drop_remainder=True).prefetch(1).as_numpy_iterator()
