@@ -7,7 +7,9 @@ ARGS ?=
 BIN := .venv/bin
 SOURCES := actors common deploy learner replay_server tests benchmarks
 
-.PHONY: train test test-slow lint bench clean
+PEERS := cpprb reverb rllib sb3 torchrl
+
+.PHONY: train test test-slow lint bench bench-peers clean
 
 train: .venv/installed
 	$(BIN)/qfleet train $(RECIPE) $(if $(RUN_DIR),--run-dir $(RUN_DIR)) $(ARGS)
@@ -25,6 +27,17 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/learner_threads.py
+
+# One virtual environment for each system that benchmarks/replay.py compares with. One that cannot be installed stops no other.
+bench-peers: $(PEERS:%=build/peers/%/installed)
+
+build/peers/%/installed: benchmarks/peers/requirements/%.txt
+	rm -rf build/peers/$*
+	@mkdir -p build/peers
+	@if $(PYTHON) -m venv build/peers/$* && PIP="build/peers/$*/bin/python -m pip install --quiet --disable-pip-version-check" && \
+		{ ! grep '^torch==' $< > build/peers/$*/torch.txt || $$PIP --requirement build/peers/$*/torch.txt; } && \
+		$$PIP --requirement $<; then touch $@ && echo "$*: installed"; \
+	else rm -rf build/peers/$* && echo "$*: CANNOT BE INSTALLED HERE (see above); benchmarks/replay.py will say so and go on"; fi
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
