@@ -66,7 +66,8 @@ class Adapter:
 
 def own_adapters() -> list[Adapter]:
     """Returns this system's rows."""
-    return [Adapter("qfleet-inprocess", "qfleet_inprocess.py"), Adapter("qfleet-ray", "qfleet_ray.py")]
+    modes = ("serial", "one_thread", "prefetch")
+    return [*[Adapter("qfleet", "qfleet_inprocess.py", mode) for mode in modes], Adapter("qfleet-ray", "qfleet_ray.py")]
 
 
 def peer_adapters() -> list[Adapter]:

@@ -86,7 +86,7 @@ def bench_replay(flags: BenchReplayFlags) -> int:
     """Runs the benchmark, prints its figures and writes them as JSON; returns the exit status."""
     from actors.environments import probe
 
-    spec = probe(_config(flags).env)
+    spec = probe(run_config(flags).env)
     started = time.monotonic()
     messages = record_chunks(flags)
     print(
@@ -114,7 +114,7 @@ def record_chunks(flags: BenchReplayFlags) -> list[Array]:
     from actors.actor import Actor
     from actors.environments import make_environment
 
-    config = _config(flags)
+    config = run_config(flags)
     environment = make_environment(config.env, _NUM_ENVS, num_threads=os.cpu_count() or 1)
     writer = _Recorder()
     network: Any = _ZeroNetwork(environment.spec.num_actions)
@@ -324,7 +324,7 @@ def make_consumer(readers: Sequence[ReplayReader], flags: BenchReplayFlags) -> C
 def _measure_in_process(messages: Sequence[Array], spec: EnvSpec, flags: BenchReplayFlags) -> dict[str, Any]:
     from deploy.local_handles import LocalReplayReader
 
-    config = _config(flags, messages)
+    config = run_config(flags, messages)
     consumer_flags = replace(flags, topology="process")
     shards = [roles.make_shard(config, spec, RUN, i, 0) for i in range(flags.num_shards)]
     before = psutil.Process().memory_info().rss
@@ -355,7 +355,7 @@ def _insert_all(shards: Sequence[ReplayShard], messages: Sequence[Array]) -> lis
 
 def _measure_on_ray(messages: Sequence[Array], spec: EnvSpec, flags: BenchReplayFlags) -> dict[str, Any]:
     """Inserts alone, samples alone, then both at once."""
-    config = _config(flags, messages)
+    config = run_config(flags, messages)
     with local_ray(config) as ray:
         from deploy.ray_handles import RayReplayReader, Worker
 
@@ -436,7 +436,7 @@ def _cpu_seconds(processes: Sequence[psutil.Process]) -> float:
     return float(sum(times.user + times.system for times in (process.cpu_times() for process in processes)))
 
 
-def _config(flags: BenchReplayFlags, messages: Sequence[Array] = ()) -> RunConfig:
+def run_config(flags: BenchReplayFlags, messages: Sequence[Array] = ()) -> RunConfig:
     """The settings of a run that the benchmark uses: prioritized, no ratio, room for every transition."""
     num_bytes = sum(len(message) for message in messages)
     return RunConfig(

@@ -1,0 +1,95 @@
+"""qfleet's shard in the process that uses it: packed chunks in, unpacked batches out, LZ4 storage.
+
+Modes: `serial`, every call in turn, as many threads unpack a batch as there are cores (at most 4); `one_thread`, the same with
+one; `prefetch`, the learner's prefetch thread draws the next batches meanwhile. A batch has its importance weights too.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from harness import Bench
+from qfleet_messages import RUN, SPEC, flags, messages
+
+from common.messages import Array
+from common.protocols import InsertReply, SampleReply
+from deploy import roles
+from deploy.bench import run_config, unpack_threads
+from deploy.local_handles import LocalReplayReader
+from learner.batches import Batch, BatchSource
+from replay_server.shard import ReplayShard
+
+PREFETCH_BATCHES = 2
+
+
+class LockedShard:
+    """A shard that two threads of one process may call."""
+
+    def __init__(self, shard: ReplayShard) -> None:
+        self._shard, self._lock = shard, threading.Lock()
+
+    def insert(self, message: Array) -> InsertReply:
+        with self._lock:
+            return self._shard.insert(message)
+
+    def ask_to_insert(self) -> str | None:
+        with self._lock:
+            return self._shard.ask_to_insert()
+
+    def sample(self, num_items: int) -> SampleReply:
+        with self._lock:
+            return self._shard.sample(num_items)
+
+    def update_priorities(self, message: Array) -> int:
+        with self._lock:
+            return self._shard.update_priorities(message)
+
+
+def arrays_of(batch: Batch) -> dict[str, Any]:
+    """Returns what the harness checks."""
+    return {name: getattr(batch, name).numpy() for name in ("s_tm1", "s_t", "a_tm1", "r_t", "discount_t")}
+
+
+def make_source(reader: Any, batch_size: int, num_threads: int, prefetch_batches: int = PREFETCH_BATCHES) -> BatchSource:
+    return BatchSource(
+        [reader],
+        batch_size=batch_size,
+        importance_exponent=0.4,
+        prefetch_batches=prefetch_batches,
+        num_unpack_threads=num_threads,
+        prepare=lambda observations: observations,
+        device=torch.device("cpu"),
+    )
+
+
+def main() -> None:
+    bench = Bench("qfleet", modes=("serial", "one_thread", "prefetch"))
+    settings = flags(bench.data.num_items, bench.batch, 1 if bench.mode == "one_thread" else None)
+    packed = messages(bench.data)
+    bench.start()
+    shard = LockedShard(roles.make_shard(run_config(settings, packed), SPEC, RUN, 0, 0))
+    per_call = bench.data.num_items / len(packed)
+    for message in packed:
+        reply = bench.insert(lambda message=message: shard.insert(message), per_call)
+        assert reply.refusal is None, reply.refusal
+    bench.inserted()
+    source = make_source(LocalReplayReader(shard), bench.batch, unpack_threads(settings))
+    if bench.mode == "prefetch":
+        source.start()
+
+    def draw(priorities: Any) -> Batch:
+        batch = source.next_batch(60.0)
+        assert batch is not None, source.waits_for
+        source.update_priorities(batch, priorities)
+        return batch
+
+    batch = bench.sample(draw)
+    source.close()
+    bench.check(bench.data.n_step(), arrays_of(batch))
+    bench.report(version="this tree", note=f"{unpack_threads(settings)} threads unpack")
+
+
+if __name__ == "__main__":
+    main()
