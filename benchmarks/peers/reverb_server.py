@@ -6,7 +6,8 @@ environment after environment, since a writer follows one environment.
 
 Reverb's own advice, followed here (https://github.com/google-deepmind/reverb, README, and the docstrings of TrajectoryWriter and
 TrajectoryDataset): a signature for the table, overlapping trajectories by slices of the history, partial steps, flush with a
-bound on items in flight, a dataset of several workers with max_in_flight_samples_per_worker of twice the batch, batching and prefetching by tf.data.
+bound on items in flight, a dataset of several workers with max_in_flight_samples_per_worker of twice the batch, batching and
+prefetching by tf.data.
 """
 
 from __future__ import annotations
