@@ -3,10 +3,10 @@
     make bench-peers
     python benchmarks/replay.py [--games pong ms_pacman] [--items 60000] [--rounds 3] [--peers cpprb reverb] [--json F]
 
-Each row is a script of benchmarks/peers, run in a process and, for a peer, in a virtual environment of its own; what it measures
-stands in benchmarks/peers/harness.py. The rounds are interleaved, so that whatever else the machine does falls on all alike. The
-table has the median over the rounds with the least and the greatest. A peer that is not installed or fails is listed with the
-reason, and the others go on.
+Each row is a script of benchmarks/peers, run in a process and, for a peer, in a virtual environment of its own; what it
+measures stands in benchmarks/peers/harness.py. The rounds are interleaved, so that whatever else the machine does falls on all
+alike. The table has the median over the rounds with the least and the greatest. A peer that is not installed or fails is listed
+with the reason, and the others go on.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """cpprb's PrioritizedReplayBuffer.
 
 Modes: `stacks` keeps both states of transitions of 3 steps; `next_of` keeps one-step transitions whose next state is the next
-row, its fastest insert; `stack_compress` also keeps each plane once, which needs the stack in the last dimension.
+row, its fastest insert; `stack_compress` also keeps each plane once, which needs the stack in the last dimension. Neither of
+the two can be had with steps of more than one, nor with rows that are not in time order.
 
 cpprb's own advice, followed here: add many transitions in one call, compact dtypes, `next_of` and `stack_compress` for image
-stacks, `on_episode_end` where an episode ends (https://ymd_h.gitlab.io/cpprb/features/memory_compression/).
+stacks, `on_episode_end` where an episode ends (https://ymd_h.gitlab.io/cpprb/features/memory_compression/ and /design/).
 """
 
 from __future__ import annotations

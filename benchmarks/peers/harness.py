@@ -216,8 +216,8 @@ class Bench:
     def check(self, inserted: Transitions, sampled: dict[str, np.ndarray], *, s_t_counts: np.ndarray | bool = True) -> None:
         """Raises AssertionError unless every sampled row is one that was inserted.
 
-        `sampled` has s_tm1 and s_t as u8[B, 4, 84, 84], a_tm1, r_t and discount_t. `s_t_counts`, bool[B], says where s_t must be
-        right: a buffer may leave anything there after a terminal state.
+        `sampled` has s_tm1 and s_t as u8[B, 4, 84, 84], a_tm1, r_t and discount_t. `s_t_counts`, bool[B], says where s_t must
+        be right: a buffer may leave anything there after a terminal state.
         """
         assert len(sampled["a_tm1"]) == self.batch, f"a batch of {len(sampled['a_tm1'])}"
         rows: dict[int, list[int]] = {}

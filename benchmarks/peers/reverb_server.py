@@ -1,12 +1,13 @@
 """Reverb: a server in another process, one TrajectoryWriter, one TrajectoryDataset, over loopback.
 
-Each plane is appended once; an item's two stacks are slices of the writer's history, so the server keeps and ships chunks that
-items share. As in Acme's adder of n-step transitions, the scalars of an item are columns of their own. Transitions go in
+Each plane is appended once; an item's two stacks are slices of the writer's history, so the server keeps and ships chunks
+that items share. As in Acme's adder of n-step transitions, the scalars of an item are columns of their own. Transitions go in
 environment after environment, since a writer follows one environment.
 
-Reverb's own advice, followed here (https://github.com/google-deepmind/reverb, README, and the docstrings of TrajectoryWriter and
-TrajectoryDataset): a signature for the table, overlapping trajectories by slices of the history, partial steps, flush with a
-bound on items in flight, a dataset of several workers with max_in_flight_samples_per_worker of twice the batch, batching and prefetching by tf.data.
+Reverb's own advice, followed here (https://github.com/google-deepmind/reverb, README, and the docstrings of TrajectoryWriter
+and TrajectoryDataset): a signature for the table, overlapping trajectories by slices of the history, partial steps, flush with
+a bound on items in flight, a dataset of several workers with max_in_flight_samples_per_worker of twice the batch, batching and
+prefetching by tf.data.
 """
 
 from __future__ import annotations

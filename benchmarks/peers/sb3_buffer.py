@@ -1,7 +1,7 @@
 """Stable-Baselines3's ReplayBuffer, which samples uniformly: there are no priorities to write back.
 
-Modes: `stacks` keeps both states of transitions of 3 steps; `optimize_memory_usage` keeps one-step transitions whose next state is
-the next row.
+Modes: `stacks` keeps both states of transitions of 3 steps; `optimize_memory_usage` keeps one-step transitions whose next state
+is the next row.
 
 One `add` takes one step of all 8 environments, as in its off-policy algorithms
 (https://stable-baselines3.readthedocs.io/en/master/common/buffers.html); images stay uint8, channels first.

@@ -6,8 +6,8 @@ Modes: `tensor` and `memmap` keep both states of transitions of 3 steps in a Laz
 The segment trees of its prioritized sampler are compiled for one minor version of torch. Where they cannot be loaded the script
 measures TensorDictReplayBuffer, which samples uniformly, and says so in its note.
 
-TorchRL's own advice, followed here (https://docs.pytorch.org/rl/stable/reference/data_replaybuffers.html): `extend` with batches,
-the batch size given to the constructor, preallocated storages, `update_tensordict_priority`.
+TorchRL's own advice, followed here (https://docs.pytorch.org/rl/stable/tutorials/rb_tutorial.html): `extend` with batches, the
+batch size given to the constructor, preallocated storages, `update_tensordict_priority`.
 """
 
 from __future__ import annotations
