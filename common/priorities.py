@@ -25,13 +25,14 @@ def importance_weights(probability: Array, draw_probability: Array, num_items: i
     where there is one shard. So sharding changes no expectation, whatever the exponent.
 
     Args:
-      probability: f64[B] in (0, 1]: priority / mass of all shards.
+      probability: f64[B] in [0, 1]: priority / mass of all shards; 0 where that is too small for a float64.
       draw_probability: f64[B] in (0, 1]: (share of the batch asked of the shard) * (priority / mass of the shard).
       num_items: items of all shards. It cancels in the normalization, and stands here as in the paper's formula.
       exponent: beta, 0 no correction, 1 full correction.
 
     Returns:
-      f32[B] in (0, 1].
+      f32[B] in [0, 1].
     """
-    correction = (num_items * probability) ** -exponent * (probability / draw_probability)
+    # Not (num_items * probability) ** -exponent * probability, which is infinity * 0 for a shard of tiny priorities.
+    correction = float(num_items) ** -exponent * probability ** (1 - exponent) / draw_probability
     return np.asarray(correction / correction.max(), dtype=np.float32)

@@ -44,8 +44,11 @@ class StackUnpacker:
           first: with first + B' <= B.
 
         Raises:
-          WireError: where a block does not decode to the planes that are wanted of it.
+          WireError: where a block does not decode to the planes that are wanted of it, or its stacks are not those of `out`.
         """
+        stack_shape = (batch.s_tm1.shape[1], *batch.plane_shape.tolist())
+        if stack_shape != out.shape[2:] or batch.plane_dtype != out.dtype.str:  # The compiled loop would write past the end.
+            raise WireError(f"plane_shape: stacks {stack_shape} {batch.plane_dtype}, expected {out.shape[2:]} {out.dtype.str}")
         num_items = len(batch.item_id)
         if batch.codec == "raw" or not self._decoder:
             planes = decode_planes(batch)

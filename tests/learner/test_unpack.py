@@ -75,6 +75,26 @@ def test_parts_may_come_in_different_codecs(make_batch):
     np.testing.assert_array_equal(unpack_stacks(parts, StackUnpacker(1)), plain_stacks(parts))
 
 
+@pytest.mark.parametrize("codec", ["raw", "lz4"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "stack"),
+    [((6, 8), "|u1", 2), ((5, 7), "|u1", 2), ((42,), "|u1", 2), ((6, 7), "<f4", 2), ((6, 7), "|u1", 3), ((6, 7), "|u1", 1)],
+    ids=["larger", "smaller", "flat", "floats", "more_stacked", "fewer_stacked"],
+)
+def test_a_part_of_other_stacks_is_refused_and_writes_nothing(shape, dtype, stack, codec, make_batch):
+    """Found: blocks of a larger plane, or stacks of more, were written past the end of the batch's array."""
+    rng = np.random.default_rng(0)
+    batch = make_batch(rng, shape, dtype, num_items=4, num_planes=9, stack=stack, codec=codec)
+    room = np.full((3, 2 * 8 * 2 * 6 * 7), 99, np.uint8)  # The middle row is the batch's; the others are their neighbours'.
+    out = room[1].reshape(2, 8, 2, 6, 7)
+    with pytest.raises(WireError, match=r"^plane_shape: stacks "):
+        StackUnpacker(1).unpack(batch, out, 4)
+    assert (room == 99).all()
+    first = make_batch(rng, (6, 7), "|u1", num_items=4, num_planes=9, stack=2)
+    with pytest.raises(WireError, match=r"^plane_shape: stacks "):
+        unpack_stacks([first, batch], StackUnpacker(1))
+
+
 def test_without_the_compiled_decoder_the_stacks_are_the_same(make_batch, monkeypatch):
     assert unpack.lz4_decoder() != 0, "python-lz4 hides LZ4's functions: the slow way is in use"
     batch = make_batch(np.random.default_rng(0), (84, 84), "|u1", num_items=6, num_planes=20, stack=4)
@@ -89,3 +109,18 @@ def test_a_bad_block_is_named(num_threads, make_batch):
     data[batch.block_offsets[1] : batch.block_offsets[2]] = 0
     with pytest.raises(WireError, match=r"^plane_data: block 1 is not an LZ4 block of 56448 bytes"):
         unpack_stacks([dataclasses.replace(batch, plane_data=data)], StackUnpacker(num_threads))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_block_that_ends_before_a_plane_that_is_wanted_is_refused(num_threads, make_batch):
+    """Good LZ4, of 8 planes: what is said to be the ninth would be whatever the buffer held before. Planes before it are read."""
+    batch = make_batch(np.random.default_rng(0), (84, 84), "|u1", num_items=30, num_planes=24, stack=4)
+    assert batch.planes_per_block == 8
+    longer = dataclasses.replace(batch, planes_per_block=9)
+    references = np.where(np.arange(30)[:, None] == 17, 17, np.array([0, 7, 9, 16]))  # 17 is the ninth of block 1.
+    with pytest.raises(WireError, match=r"^plane_data: block 1 is not an LZ4 block of 63504 bytes"):
+        unpack_stacks([dataclasses.replace(longer, s_tm1=references, s_t=references)], StackUnpacker(num_threads))
+    references[17] = 0
+    stacks = unpack_stacks([dataclasses.replace(longer, s_tm1=references, s_t=references)], StackUnpacker(num_threads))
+    planes = decode_planes(batch)
+    np.testing.assert_array_equal(stacks, [planes[references - (references >= 9)]] * 2)

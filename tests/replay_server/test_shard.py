@@ -14,7 +14,7 @@ from common import wire
 from common.config import EnvSpec
 from common.errors import UserError, WireError
 from common.messages import PriorityUpdate, SampleBatch
-from common.metrics import SenderCount
+from common.metrics import SenderCount, WaitStatus
 from common.planes import decode_planes, encode_block, join_blocks
 from replay_server.shard import ReplayShard, min_memory
 
@@ -560,6 +560,10 @@ def test_senders_are_counted_by_slot_and_incarnation(chunk_of):
 # The limiter, as the shard asks it
 
 
+def reasons(shard):
+    return {status.who: status.reason for status in shard.stats().waits}
+
+
 def test_shard_asks_its_limiter_and_names_itself(chunk_of):
     rng = np.random.default_rng(0)
     shard = make_shard(min_size=6, samples_per_insert=2.0, limiter_buffer_samples=4)
@@ -570,7 +574,7 @@ def test_shard_asks_its_limiter_and_names_itself(chunk_of):
     assert shard.insert(wire.pack(chunk_of(rng))).waits_for is None
     assert shard.insert(wire.pack(chunk_of(rng))).waits_for == "shard 3: actors wait for the learner: 2 more samples due"
     assert shard.ask_to_insert() == "shard 3: actors wait for the learner: 2 more samples due"  # (9 - 6) * 2 - 4
-    assert shard.stats().waits_for == [shard.ask_to_insert()]
+    assert reasons(shard) == {"actors": shard.ask_to_insert(), "learner": None}
     assert shard.insert(wire.pack(chunk_of(rng))).num_inserted == 3  # What is under way is never refused.
     for _ in range(4):
         sample(shard, 4)
@@ -578,6 +582,131 @@ def test_shard_asks_its_limiter_and_names_itself(chunk_of):
     assert shard.ask_to_insert() is None
     assert shard.sample(4).waits_for == "shard 3: the learner waits for actors: 2 more transitions due"  # (20 - 16) / 2
     assert shard.stats().num_sampled == 16
+    assert reasons(shard) == {"actors": None, "learner": "shard 3: the learner waits for actors: 2 more transitions due"}
+
+
+def test_stats_say_who_waits_and_for_how_long(chunk_of):
+    rng = np.random.default_rng(0)
+    shard = make_shard(min_size=6, samples_per_insert=2.0, limiter_buffer_samples=4)
+    now = 100.0
+    shard._limiter.clock = lambda: now
+
+    def waits():
+        return shard.stats().waits
+
+    may_go_on = {who: WaitStatus(who=who, reason=None, seconds=0, total_seconds=0) for who in ("actors", "learner")}
+    assert waits() == [may_go_on["actors"], may_go_on["learner"]]
+    shard.sample(4)
+    now += 5
+    shard.insert(wire.pack(chunk_of(rng)))  # An insert does not end it: 3 of 6.
+    now += 2
+    reason = "shard 3: the learner waits for actors: 3 of 6 transitions to start"
+    assert waits()[1] == WaitStatus(who="learner", reason=reason, seconds=7, total_seconds=7)
+    shard.insert(wire.pack(chunk_of(rng)))
+    assert waits() == [may_go_on["actors"], WaitStatus(who="learner", reason=None, seconds=0, total_seconds=7)]
+    shard.insert(wire.pack(chunk_of(rng)))  # (9 - 6) * 2 - 4 = 2 samples due: its reply tells actors to wait.
+    now += 10
+    reason = "shard 3: actors wait for the learner: 2 more samples due"
+    assert waits()[0] == WaitStatus(who="actors", reason=reason, seconds=10, total_seconds=10)
+    sample(shard, 4)
+    assert waits()[0] == WaitStatus(who="actors", reason=None, seconds=0, total_seconds=10)
+
+
+def test_a_shard_that_its_memory_starves_says_what_to_change(chunk_of):
+    """Chunks of 20 planes of noise take most of a segment; 8 segments hold 24 items, and 30 are asked for."""
+    rng = np.random.default_rng(0)
+    shard = make_shard(LARGE_PIXELS, memory=min_memory(1000, 2, prioritized=True), capacity=1000, min_size=30)
+    for _ in range(12):
+        waits_for = shard.sample(4).waits_for
+        shard.insert(wire.pack(chunk_of(rng, LARGE_PIXELS)))
+    assert waits_for == (
+        "shard 3: the learner waits for actors: 24 of 30 transitions to start, which its memory cannot hold: raise "
+        "--replay.memory or lower --replay.min-size"
+    )
+    assert reasons(shard) == {"actors": None, "learner": waits_for}
+    shard.set_limiter(min_size=24, samples_per_insert=None, limiter_buffer_samples=0)
+    assert sample(shard, 4).size == 24
+    assert reasons(shard) == {"actors": None, "learner": None}
+
+
+# Settings changed while the run goes on
+
+
+def make_limited_shard(chunk_of, num_inserted=9):
+    shard = make_shard(capacity=10, min_size=6, samples_per_insert=2.0, limiter_buffer_samples=4)
+    shard._limiter.clock = lambda: 0.0
+    rng = np.random.default_rng(0)
+    for _ in range(num_inserted // 3):
+        shard.insert(wire.pack(chunk_of(rng)))
+    return shard
+
+
+def test_set_limiter_takes_effect_at_once(chunk_of):
+    shard = make_limited_shard(chunk_of)  # due = (9 - 6) * 2 = 6, and nothing sampled.
+    assert shard.ask_to_insert() == "shard 3: actors wait for the learner: 2 more samples due"  # 6 - 4
+    shard.set_limiter(min_size=6, samples_per_insert=2.0, limiter_buffer_samples=8)
+    assert reasons(shard) == {"actors": None, "learner": None}
+    assert shard.ask_to_insert() is None
+    sample(shard, 8)  # The four that were owed, and four of the new buffer: a wrong account would refuse it.
+    shard.set_limiter(min_size=10, samples_per_insert=2.0, limiter_buffer_samples=8)
+    assert shard.sample(2).waits_for == "shard 3: the learner waits for actors: 9 of 10 transitions to start"
+    shard.set_limiter(min_size=1, samples_per_insert=None, limiter_buffer_samples=0)
+    assert reasons(shard) == {"actors": None, "learner": None}
+    sample(shard, 1000)
+    shard.set_limiter(min_size=1, samples_per_insert=5.0, limiter_buffer_samples=500)
+    sample(shard, 500)  # What was drawn without a ratio is not held against the learner.
+    assert shard.sample(6).waits_for == "shard 3: the learner waits for actors: 2 more transitions due"  # ceil(6 / 5)
+    assert shard.insert(wire.pack(chunk_of(np.random.default_rng(1)))).num_inserted == 3
+    sample(shard, 15)
+    assert shard.stats().num_sampled == 8 + 1000 + 500 + 15
+
+
+def test_set_limiter_to_more_samples_per_insert_makes_actors_wait(chunk_of):
+    rng = np.random.default_rng(0)
+    shard = make_limited_shard(chunk_of, num_inserted=6)
+    shard.set_limiter(min_size=6, samples_per_insert=3.0, limiter_buffer_samples=4)
+    assert (
+        shard.insert(wire.pack(chunk_of(rng))).waits_for == "shard 3: actors wait for the learner: 5 more samples due"
+    )  # 9 - 4
+    shard = make_limited_shard(chunk_of, num_inserted=6)
+    shard.set_limiter(min_size=6, samples_per_insert=1.0, limiter_buffer_samples=4)
+    assert shard.insert(wire.pack(chunk_of(rng))).waits_for is None
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"min_size": 11}, r"a shard of 10 transitions never reaches its min_size of 11"),
+        ({"min_size": 0}, r"min_size of 0 lets the learner sample from nothing"),
+        ({"samples_per_insert": 0.0}, r"0\.0 samples per insert nothing moves"),
+        ({"samples_per_insert": -1.0}, r"-1\.0 samples per insert nothing moves"),
+        ({"samples_per_insert": float("inf")}, r"inf samples per insert nothing moves"),
+        ({"limiter_buffer_samples": 1}, r"4 samples at a time need a buffer of at least 2 on each shard, not 1"),
+        ({"limiter_buffer_samples": -4}, r"4 samples at a time need a buffer of at least 2 on each shard, not -4"),
+    ],
+    ids=["capacity", "no_minimum", "zero", "negative", "infinite", "buffer", "negative_buffer"],
+)
+def test_set_limiter_refuses_a_deadlock_and_changes_nothing(chunk_of, change, text):
+    """Everything else is changed with it, and must not be taken in either."""
+    shard, untouched = (make_limited_shard(chunk_of) for _ in range(2))
+    for each in (shard, untouched):
+        sample(each, 4)
+    good = {"min_size": 5, "samples_per_insert": 7.0, "limiter_buffer_samples": 40}
+    before = shard.stats()
+    with pytest.raises(UserError, match=text):
+        shard.set_limiter(**good | change)
+    assert shard.stats() == before
+    rng = np.random.default_rng(2)
+    for _ in range(20):  # And it goes on as the one that was not asked.
+        message = wire.pack(chunk_of(rng))
+        turns = [
+            (each.sample(4).waits_for, each.ask_to_insert() or each.insert(message), each.stats())
+            for each in (shard, untouched)
+        ]
+        assert turns[0] == turns[1]
+    shard.set_limiter(**good)
+    sample(shard, 30)
+    assert untouched.sample(30).batch is None
 
 
 def test_refused_chunks_do_not_pay_for_samples(chunk_of):
