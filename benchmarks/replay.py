@@ -66,7 +66,7 @@ class Adapter:
 
 def own_adapters() -> list[Adapter]:
     """Returns this system's rows."""
-    modes = ("serial", "one_thread", "prefetch")
+    modes = ("serial", "prefetch")
     return [*[Adapter("qfleet", "qfleet_inprocess.py", mode) for mode in modes], Adapter("qfleet-ray", "qfleet_ray.py")]
 
 

@@ -32,7 +32,7 @@ _NUM_ENVS = 8
 _CHUNKS_IN_FLIGHT = 4
 _PREFETCH_BATCHES = 2
 _TIMEOUT_SECONDS = 300.0
-_MOST_UNPACK_THREADS = 4
+_MOST_PREFETCH_THREADS = 4
 RUN = "bench"
 
 
@@ -58,8 +58,8 @@ class BenchReplayFlags:
     """process: shards and learner's side in this process. ray: shards, a producer and a consumer as Ray workers."""
     unpack: bool = True
     """Whether the consumer unpacks the stacks. False: it drops the batches, so that the shards are the limit."""
-    unpack_threads: int | None = None
-    """Threads that unpack a batch. None: one for each CPU, at most 4."""
+    prefetch_threads: int | None = None
+    """--topology ray: threads that collect and unpack batches. None: one for each CPU, at most 4."""
     seed: int = 0
     """Of the games, the draws and the priorities."""
     json: Path | None = None
@@ -138,8 +138,8 @@ def record_chunks(flags: BenchReplayFlags) -> list[Array]:
     return writer.messages
 
 
-def unpack_threads(flags: BenchReplayFlags) -> int:
-    return flags.unpack_threads or min(os.cpu_count() or 1, _MOST_UNPACK_THREADS)
+def prefetch_threads(flags: BenchReplayFlags) -> int:
+    return flags.prefetch_threads or min(os.cpu_count() or 1, _MOST_PREFETCH_THREADS)
 
 
 class _Recorder:
@@ -231,7 +231,7 @@ class Consumer:
             batch_size=flags.batch_size,
             importance_exponent=0.4,
             prefetch_batches=_PREFETCH_BATCHES,
-            num_unpack_threads=unpack_threads(flags),
+            prefetch_threads=prefetch_threads(flags),
             prepare=lambda observations: observations,
             device=torch.device("cpu"),
         )

@@ -21,7 +21,7 @@ from common.errors import WireError
 from common.messages import Array, PriorityUpdate, SampleBatch
 from common.priorities import importance_weights
 from common.protocols import ReplayReader
-from learner.unpack import StackUnpacker
+from learner.unpack import unpack_stacks
 
 _SHORTEST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.05
@@ -56,7 +56,6 @@ def shares(batch_size: int, num_shards: int) -> list[int]:
 def merge(
     parts: Sequence[SampleBatch],
     *,
-    unpacker: StackUnpacker,
     importance_exponent: float,
     prepare: Callable[[Tensor], Tensor],
     device: torch.device,
@@ -72,7 +71,7 @@ def merge(
     probability = np.concatenate([part.probability * (part.priority_mass / mass) for part in parts])
     draw_probability = np.concatenate([part.probability * (len(part.item_id) / batch_size) for part in parts])
     num_items = sum(part.size for part in parts)
-    stacks = unpack_stacks(parts, unpacker)
+    stacks = merge_stacks(parts)
     s_tm1, s_t = (prepare(torch.from_numpy(half).to(device, non_blocking=True)) for half in stacks)
 
     def joined(name: str, dtype: type) -> Tensor:
@@ -92,7 +91,7 @@ def merge(
     )
 
 
-def unpack_stacks(parts: Sequence[SampleBatch], unpacker: StackUnpacker) -> Array:
+def merge_stacks(parts: Sequence[SampleBatch]) -> Array:
     """Returns [2, B, K, *plane_shape] of the planes' dtype: s_tm1 and s_t of all parts, in their order."""
     one = parts[0]
     batch_size = sum(len(part.item_id) for part in parts)
@@ -100,7 +99,7 @@ def unpack_stacks(parts: Sequence[SampleBatch], unpacker: StackUnpacker) -> Arra
     stacks = np.empty(shape, np.dtype(one.plane_dtype))
     first = 0
     for part in parts:
-        unpacker.unpack(part, stacks, first)
+        unpack_stacks(part, stacks, first)
         first += len(part.item_id)
     return stacks
 
@@ -108,8 +107,9 @@ def unpack_stacks(parts: Sequence[SampleBatch], unpacker: StackUnpacker) -> Arra
 class BatchSource:
     """Draws merged batches from all shards, and carries priorities back.
 
-    With `start()` a thread keeps `prefetch_batches` batches ready and as many requests under way; without it, each
-    `next_batch` draws one itself (the serial run). An exception of the thread is raised by the next `next_batch`.
+    With `start()`, threads keep `prefetch_batches` batches ready and as many requests under way: one at a time collects the
+    shards' parts, while the others unpack theirs. Without it, each `next_batch` draws one itself (the serial run). An exception of
+    a thread is raised by the next `next_batch`.
     """
 
     def __init__(
@@ -119,18 +119,18 @@ class BatchSource:
         batch_size: int,
         importance_exponent: float,
         prefetch_batches: int,
-        num_unpack_threads: int,
+        prefetch_threads: int,
         prepare: Callable[[Tensor], Tensor],
         device: torch.device,
     ) -> None:
         self._readers = readers
         self._shares = shares(batch_size, len(readers))
         self._importance_exponent, self._prepare, self._device = importance_exponent, prepare, device
-        self._prefetch_batches = prefetch_batches
-        self._unpacker = StackUnpacker(num_unpack_threads)
+        self._prefetch_batches, self._prefetch_threads = prefetch_batches, prefetch_threads
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(prefetch_batches)
         self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._collecting = threading.Lock()  # For the readers, the parts and what is told below.
         self._parts: list[SampleBatch | None] = [None] * len(readers)
         self.num_dropped_batches = 0
         self.last_fault: str | None = None
@@ -138,22 +138,25 @@ class BatchSource:
         """Why there is no batch now, or None."""
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._fill, name="prefetch", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._fill, name=f"prefetch{i}", daemon=True) for i in range(self._prefetch_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         self._stopping.set()
-        while self._thread is not None and self._thread.is_alive():
-            self._drain()
-            self._thread.join(0.05)
-        self._unpacker.close()
+        for thread in self._threads:
+            while thread.is_alive():
+                self._drain()
+                thread.join(0.05)
 
     def num_ready(self) -> int:
         return self._queue.qsize()
 
     def next_batch(self, timeout_seconds: float) -> Batch | None:
         """Returns a batch, or None where none came within the timeout; `waits_for` says why."""
-        if self._thread is None:
+        if not self._threads:
             return self._draw(timeout_seconds)
         try:
             item = self._queue.get(timeout=timeout_seconds)
@@ -191,10 +194,22 @@ class BatchSource:
             self._queue.get_nowait()
 
     def _draw(self, timeout_seconds: float) -> Batch | None:
-        """Collects every shard's part, asking again where a shard had none, and merges them."""
+        with self._collecting:
+            parts = self._collect_all(timeout_seconds)
+        if parts is None:
+            return None
+        try:
+            return merge(parts, importance_exponent=self._importance_exponent, prepare=self._prepare, device=self._device)
+        except WireError as error:
+            with self._collecting:
+                self._drop(f"a batch cannot be unpacked: {error}")
+            return None
+
+    def _collect_all(self, timeout_seconds: float) -> list[SampleBatch] | None:
+        """Returns every shard's part, asking again where a shard had none, or None after the timeout."""
         deadline = time.monotonic() + timeout_seconds
         pause = _SHORTEST_PAUSE_SECONDS
-        depth = self._prefetch_batches if self._thread is not None else 1
+        depth = self._prefetch_batches if self._threads else 1
         while True:
             for index, reader in enumerate(self._readers):
                 if self._parts[index] is None:
@@ -203,13 +218,7 @@ class BatchSource:
                 parts = [part for part in self._parts if part is not None]
                 self._parts = [None] * len(self._readers)
                 self.waits_for = None
-                return merge(
-                    parts,
-                    unpacker=self._unpacker,
-                    importance_exponent=self._importance_exponent,
-                    prepare=self._prepare,
-                    device=self._device,
-                )
+                return parts
             if time.monotonic() + pause > deadline or self._stopping.is_set():
                 return None
             time.sleep(pause)
@@ -227,5 +236,8 @@ class BatchSource:
             try:
                 self._parts[index] = wire.unpack(reply.batch, SampleBatch)
             except WireError as error:
-                self.num_dropped_batches += 1
-                self.last_fault = f"shard {index} sent a batch that cannot be read: {error}"
+                self._drop(f"shard {index} sent a batch that cannot be read: {error}")
+
+    def _drop(self, fault: str) -> None:
+        self.num_dropped_batches += 1
+        self.last_fault = fault

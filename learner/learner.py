@@ -27,7 +27,7 @@ from learner import checkpoint as checkpoints
 from learner import losses
 from learner.batches import Batch, BatchSource
 
-_MOST_UNPACK_THREADS = 4  # Decoding is soon bound by memory.
+_MOST_PREFETCH_THREADS = 4  # Unpacking is soon bound by memory.
 
 
 class Learner:
@@ -67,7 +67,7 @@ class Learner:
             batch_size=config.batch_size,
             importance_exponent=config.importance_exponent,
             prefetch_batches=config.prefetch_batches,
-            num_unpack_threads=min(torch.get_num_threads(), _MOST_UNPACK_THREADS),
+            prefetch_threads=min(torch.get_num_threads(), _MOST_PREFETCH_THREADS),
             prepare=lambda observations: self._online.prepare(observations, self._compute_dtype),
             device=self._device,
         )

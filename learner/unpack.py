@@ -1,15 +1,14 @@
 """Unpacks sampled stacks: decodes each block into a scratch buffer that stays in cache, and streams the planes wanted of it.
 
-The loop is compiled (numba) and calls LZ4's own decoder, so it holds no lock of the interpreter and several threads share a
-batch. A loop in Python that calls the same decoder takes 1.5 to 3 times as long and does not gain by a second thread
-(docs/benchmarks.md).
+The loop is compiled (numba) and calls LZ4's own decoder, so it holds no lock of the interpreter: while one prefetch thread unpacks,
+another one draws. A loop in Python that calls the same decoder takes 1.5 to 3 times as long and does not gain by a second
+thread (docs/benchmarks.md).
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import lz4.block._block
@@ -27,58 +26,44 @@ from common.planes import decode_planes
 _VECTOR_BYTES = 16
 
 
-class StackUnpacker:
-    """Decodes the stacks of batches, with its own threads where it has more than one. Called from one thread."""
+def unpack_stacks(batch: SampleBatch, out: Array, first: int) -> None:
+    """Writes the stacks of `batch` to the items from `first` on. Any number of threads may call it at once.
 
-    def __init__(self, num_threads: int) -> None:
-        self._num_threads = num_threads
-        self._pool = ThreadPoolExecutor(num_threads, "unpack") if num_threads > 1 else None
-        self._decoder = lz4_decoder()
+    Args:
+      batch: B' items.
+      out: [2, B, K, *plane_shape] of the plane dtype, contiguous: the stacks s_tm1, then s_t.
+      first: with first + B' <= B.
 
-    def unpack(self, batch: SampleBatch, out: Array, first: int) -> None:
-        """Writes the stacks of `batch` to the items from `first` on.
-
-        Args:
-          batch: B' items.
-          out: [2, B, K, *plane_shape] of the plane dtype, contiguous: the stacks s_tm1, then s_t.
-          first: with first + B' <= B.
-
-        Raises:
-          WireError: where a block does not decode to the planes that are wanted of it, or its stacks are not those of `out`.
-        """
-        stack_shape = (batch.s_tm1.shape[1], *batch.plane_shape.tolist())
-        if stack_shape != out.shape[2:] or batch.plane_dtype != out.dtype.str:  # The compiled loop would write past the end.
-            raise WireError(f"plane_shape: stacks {stack_shape} {batch.plane_dtype}, expected {out.shape[2:]} {out.dtype.str}")
-        num_items = len(batch.item_id)
-        if batch.codec == "raw" or not self._decoder:
-            planes = decode_planes(batch)
-            out[0, first : first + num_items] = planes[batch.s_tm1]
-            out[1, first : first + num_items] = planes[batch.s_t]
-            return
-        stack = batch.s_tm1.shape[1]
-        references = np.stack([batch.s_tm1, batch.s_t]).astype(np.int64)  # [2, B', K]
-        rows = np.arange(2 * out.shape[1] * stack).reshape(2, out.shape[1], stack)[:, first : first + num_items]
-        blocks, planes = np.divmod(references.reshape(-1), batch.planes_per_block)
-        order = np.argsort(blocks, kind="stable")
-        arguments = (blocks[order], planes[order], rows.reshape(-1)[order])
-        bounds = np.linspace(0, len(order), self._num_threads + 1).astype(int).tolist()
-        work = functools.partial(self._unpack_range, batch, arguments, out.reshape(-1).view(np.uint8))
-        run = map if self._pool is None else self._pool.map
-        for bad_block in run(work, bounds[:-1], bounds[1:]):
-            if bad_block >= 0:
-                raise WireError(f"plane_data: block {bad_block} is not an LZ4 block of {batch.block_num_bytes} bytes")
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-
-    def _unpack_range(self, batch: SampleBatch, arguments: tuple[Array, ...], out: Array, start: int, end: int) -> int:
-        scratch = np.empty(batch.block_num_bytes, np.uint8)
-        blocks, planes, rows = (argument[start:end] for argument in arguments)
-        bad_block: int = _unpack(
-            self._decoder, batch.plane_data, batch.block_offsets, blocks, planes, rows, batch.plane_num_bytes, scratch, out
-        )
-        return bad_block
+    Raises:
+      WireError: where a block does not decode to the planes that are wanted of it, or its stacks are not those of `out`.
+    """
+    num_items, stack = batch.s_tm1.shape
+    stack_shape = (stack, *batch.plane_shape.tolist())
+    if stack_shape != out.shape[2:] or batch.plane_dtype != out.dtype.str:  # The compiled loop would write past the end.
+        raise WireError(f"plane_shape: stacks {stack_shape} {batch.plane_dtype}, expected {out.shape[2:]} {out.dtype.str}")
+    decoder = lz4_decoder()
+    if batch.codec == "raw" or not decoder:
+        planes = decode_planes(batch)
+        out[0, first : first + num_items] = planes[batch.s_tm1]
+        out[1, first : first + num_items] = planes[batch.s_t]
+        return
+    references = np.stack([batch.s_tm1, batch.s_t]).astype(np.int64)  # [2, B', K]
+    rows = np.arange(2 * out.shape[1] * stack).reshape(2, out.shape[1], stack)[:, first : first + num_items]
+    blocks, planes = np.divmod(references.reshape(-1), batch.planes_per_block)
+    order = np.argsort(blocks, kind="stable")
+    bad_block = _unpack(
+        decoder,
+        batch.plane_data,
+        batch.block_offsets,
+        blocks[order],
+        planes[order],
+        rows.reshape(-1)[order],
+        batch.plane_num_bytes,
+        np.empty(batch.block_num_bytes, np.uint8),
+        out.reshape(-1).view(np.uint8),
+    )
+    if bad_block >= 0:
+        raise WireError(f"plane_data: block {bad_block} is not an LZ4 block of {batch.block_num_bytes} bytes")
 
 
 @functools.cache

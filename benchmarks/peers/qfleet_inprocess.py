@@ -1,7 +1,7 @@
 """qfleet's shard in the process that uses it: packed chunks in, unpacked batches out, LZ4 storage.
 
-Modes: `serial`, every call in turn, as many threads unpack a batch as there are cores (at most 4); `one_thread`, the same with
-one; `prefetch`, the learner's prefetch thread draws the next batches meanwhile. A batch has its importance weights too.
+Modes: `serial`, one thread, every call in turn; `prefetch`, the learner's prefetch threads, one for each core (at most 4), draw and
+unpack the next batches meanwhile. A batch has its importance weights too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qfleet_messages import RUN, SPEC, flags, messages
 from common.messages import Array
 from common.protocols import InsertReply, SampleReply
 from deploy import roles
-from deploy.bench import run_config, unpack_threads
+from deploy.bench import prefetch_threads, run_config
 from deploy.local_handles import LocalReplayReader
 from learner.batches import Batch, BatchSource
 from replay_server.shard import ReplayShard
@@ -58,15 +58,15 @@ def make_source(reader: Any, batch_size: int, num_threads: int, prefetch_batches
         batch_size=batch_size,
         importance_exponent=0.4,
         prefetch_batches=prefetch_batches,
-        num_unpack_threads=num_threads,
+        prefetch_threads=num_threads,
         prepare=lambda observations: observations,
         device=torch.device("cpu"),
     )
 
 
 def main() -> None:
-    bench = Bench("qfleet", modes=("serial", "one_thread", "prefetch"))
-    settings = flags(bench.data.num_items, bench.batch, 1 if bench.mode == "one_thread" else None)
+    bench = Bench("qfleet", modes=("serial", "prefetch"))
+    settings = flags(bench.data.num_items, bench.batch)
     packed = messages(bench.data)
     bench.start()
     shard = LockedShard(roles.make_shard(run_config(settings, packed), SPEC, RUN, 0, 0))
@@ -75,7 +75,8 @@ def main() -> None:
         reply = bench.insert(lambda message=message: shard.insert(message), per_call)
         assert reply.refusal is None, reply.refusal
     bench.inserted()
-    source = make_source(LocalReplayReader(shard), bench.batch, unpack_threads(settings))
+    num_threads = prefetch_threads(settings) if bench.mode == "prefetch" else 1
+    source = make_source(LocalReplayReader(shard), bench.batch, num_threads)
     if bench.mode == "prefetch":
         source.start()
 
@@ -88,7 +89,7 @@ def main() -> None:
     batch = bench.sample(draw)
     source.close()
     bench.check(bench.data.n_step(), arrays_of(batch))
-    bench.report(version="this tree", note=f"{unpack_threads(settings)} threads unpack")
+    bench.report(version="this tree", note=f"{num_threads} threads")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ CHUNK_TRANSITIONS = 64
 SPEC = EnvSpec((84, 84), "|u1", STACK, 18)
 
 
-def flags(num_items: int, batch_size: int, unpack_threads: int | None = None) -> BenchReplayFlags:
+def flags(num_items: int, batch_size: int) -> BenchReplayFlags:
     """Returns the settings of a shard that holds all items."""
-    return BenchReplayFlags(transitions=num_items, batch_size=batch_size, unpack_threads=unpack_threads)
+    return BenchReplayFlags(transitions=num_items, batch_size=batch_size)
 
 
 def messages(data: Data) -> list[Array]:

@@ -12,7 +12,7 @@ from qfleet_inprocess import arrays_of, make_source
 from qfleet_messages import RUN, SPEC, flags, messages
 
 from deploy import roles
-from deploy.bench import local_ray, run_config, unpack_threads
+from deploy.bench import local_ray, prefetch_threads, run_config
 from learner.batches import Batch
 
 TIMEOUT_SECONDS = 120
@@ -46,7 +46,7 @@ def main() -> None:
             bench.insert(lambda message=message: push(message), per_call)
         bench.insert(lambda: [answer(reference) for reference in in_flight], 0)
         bench.inserted()
-        source = make_source(RayReplayReader(shard, 0), bench.batch, unpack_threads(settings))
+        source = make_source(RayReplayReader(shard, 0), bench.batch, prefetch_threads(settings))
         source.start()
 
         def draw(priorities: Any) -> Batch:
@@ -58,7 +58,7 @@ def main() -> None:
         batch = bench.sample(draw)
         source.close()
         bench.check(bench.data.n_step(), arrays_of(batch))
-        bench.report(version="this tree", note=f"{unpack_threads(settings)} threads unpack")
+        bench.report(version="this tree", note=f"{prefetch_threads(settings)} prefetch threads")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_a_wrong_flag_is_one_line(capsys, flags, sentence):
     assert sentence in error and "\n" not in error
 
 
-def test_unpack_threads_are_bounded(monkeypatch):
+def test_prefetch_threads_are_bounded(monkeypatch):
     monkeypatch.setattr(bench.os, "cpu_count", lambda: 64)
-    assert bench.unpack_threads(BenchReplayFlags()) == 4
-    assert bench.unpack_threads(BenchReplayFlags(unpack_threads=7)) == 7
+    assert bench.prefetch_threads(BenchReplayFlags()) == 4
+    assert bench.prefetch_threads(BenchReplayFlags(prefetch_threads=7)) == 7

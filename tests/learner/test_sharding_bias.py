@@ -32,7 +32,6 @@ from common.config import EnvSpec
 from common.messages import SampleBatch
 from common.priorities import importance_weights
 from learner.batches import merge, shares
-from learner.unpack import StackUnpacker
 from replay_server.shard import ReplayShard
 
 P_REJECT = 1e-6  # A correct learner fails once in a million seeds.
@@ -51,7 +50,6 @@ REWARDS = (2 + 0.5 * _rng.normal(size=NUM_ITEMS)).astype(np.float32)
 PRIORITIES = np.sort(_rng.lognormal(sigma=1.8, size=NUM_ITEMS))
 GRADIENTS = -REWARDS[:, None].astype(float) * FEATURES  # Of (r_t - s_tm1 @ params)**2 / 2 at params = 0.
 EXPONENTS = [0.0, 0.4, 1.0]
-UNPACKER = StackUnpacker(1)
 
 
 class Sharding(NamedTuple):
@@ -150,7 +148,7 @@ def places(parts, sharding):
 
 
 def merged(parts, exponent):
-    return merge(parts, unpacker=UNPACKER, importance_exponent=exponent, prepare=lambda stacks: stacks[:, 0], device=CPU)
+    return merge(parts, importance_exponent=exponent, prepare=lambda stacks: stacks[:, 0], device=CPU)
 
 
 # Weights of the merged batch: ours, and what one would write without a thought of sharding, or with half of one. Each gives

@@ -28,7 +28,7 @@ from common.config import EnvSpec
 from common.errors import WireError
 from common.messages import ParamsSnapshot, Planes, PriorityUpdate, SampleBatch, TransitionChunk
 from common.planes import decode_planes, encode_block, join_blocks
-from learner.unpack import StackUnpacker
+from learner.unpack import unpack_stacks
 from replay_server import shard as shard_module
 from replay_server.shard import ReplayShard
 
@@ -625,7 +625,6 @@ class Fuzzer:
         batches = [self._first_batch(target) for target in self.targets]
         compressed = [wire.unpack(self.targets[0].shard.sample(6).batch, SampleBatch) for _ in range(3)]
         self.others = [original(message) for message in (*batches, *compressed)] + [snapshot] * 2
-        self.unpacker = StackUnpacker(1)
         self.num_decoded: Counter[bool] = Counter()
         self.refusals: Counter[str] = Counter()
         self.num_sent: Counter[str] = Counter()
@@ -744,7 +743,7 @@ class Fuzzer:
         guarded = np.full((3, references.size * batch.plane_num_bytes), 0xA5, np.uint8)
         out = guarded[1].view(batch.plane_dtype).reshape(*references.shape, *batch.plane_shape.tolist())
         try:
-            self.unpacker.unpack(batch, out, 0)
+            unpack_stacks(batch, out, 0)
             unpacked = True
         except WireError:
             unpacked = False
