@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     unpack = arguments.consumer == "unpack"
-    flags = BenchReplayFlags(game=arguments.game, seconds=arguments.seconds, unpack=unpack)
+    flags = BenchReplayFlags(game=arguments.game, seconds=arguments.seconds, unpack=unpack, prefetch_threads=0)
     messages = record_chunks(flags)
     rates: dict[int, list[float]] = {num: [] for num in arguments.shards}
     for round_number in range(arguments.rounds):

@@ -85,6 +85,8 @@ class Planes:
             raise WireError(f"plane_shape: {len(self.plane_shape)} dimensions, not 1 to {MAX_PLANE_RANK}")
         if self.plane_num_bytes > MAX_PLANE_BYTES:
             raise WireError(f"plane_shape: {self.plane_num_bytes} bytes a plane, more than {MAX_PLANE_BYTES}")
+        if self.block_num_bytes > MAX_CHUNK_BYTES:
+            raise WireError(f"planes_per_block: {self.block_num_bytes} bytes a block, more than {MAX_CHUNK_BYTES}")
         offsets = self.block_offsets.astype(np.int64)
         lengths = np.diff(offsets)
         if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(self.plane_data) or (lengths <= 0).any():

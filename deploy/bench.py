@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ import psutil
 
 from common.config import ActorsConfig, ByteSize, EnvConfig, EnvSpec, ExplorationConfig, ReplayConfig, RunConfig
 from common.messages import Array
+from common.metrics import ShardStats
 from common.protocols import InsertReply, ReplayReader, SampleReply
 from deploy import roles
 from deploy.run_dir import hardware, versions
@@ -59,7 +61,7 @@ class BenchReplayFlags:
     unpack: bool = True
     """Whether the consumer unpacks the stacks. False: it drops the batches, so that the shards are the limit."""
     prefetch_threads: int | None = None
-    """--topology ray: threads that collect and unpack batches. None: one for each CPU, at most 4."""
+    """Threads that collect and unpack batches. None: one for each CPU, at most 4; 0: none, every call in turn."""
     seed: int = 0
     """Of the games, the draws and the priorities."""
     json: Path | None = None
@@ -139,7 +141,7 @@ def record_chunks(flags: BenchReplayFlags) -> list[Array]:
 
 
 def prefetch_threads(flags: BenchReplayFlags) -> int:
-    return flags.prefetch_threads or min(os.cpu_count() or 1, _MOST_PREFETCH_THREADS)
+    return min(os.cpu_count() or 1, _MOST_PREFETCH_THREADS) if flags.prefetch_threads is None else flags.prefetch_threads
 
 
 class _Recorder:
@@ -179,6 +181,33 @@ class _ZeroNetwork:
 
     def __call__(self, stacks: Any) -> Any:
         return stacks.new_zeros((len(stacks), self._num_actions)).float()
+
+
+class LockedShard:
+    """A shard that the threads of one process may call."""
+
+    def __init__(self, shard: ReplayShard) -> None:
+        self._shard, self._lock = shard, threading.Lock()
+
+    def insert(self, message: Array) -> InsertReply:
+        with self._lock:
+            return self._shard.insert(message)
+
+    def ask_to_insert(self) -> str | None:
+        with self._lock:
+            return self._shard.ask_to_insert()
+
+    def sample(self, num_items: int) -> SampleReply:
+        with self._lock:
+            return self._shard.sample(num_items)
+
+    def update_priorities(self, message: Array) -> int:
+        with self._lock:
+            return self._shard.update_priorities(message)
+
+    def stats(self) -> ShardStats:
+        with self._lock:
+            return self._shard.stats()
 
 
 class Producer:
@@ -237,7 +266,7 @@ class Consumer:
         )
 
     def start(self) -> None:
-        """Begins to prefetch, in a thread."""
+        """Begins to prefetch, where there are threads for it."""
         self._source.start()
 
     def run(self, seconds: float) -> tuple[float, list[float], list[float]]:
@@ -325,24 +354,22 @@ def _measure_in_process(messages: Sequence[Array], spec: EnvSpec, flags: BenchRe
     from deploy.local_handles import LocalReplayReader
 
     config = run_config(flags, messages)
-    consumer_flags = replace(flags, topology="process")
-    shards = [roles.make_shard(config, spec, RUN, i, 0) for i in range(flags.num_shards)]
+    shards = [LockedShard(roles.make_shard(config, spec, RUN, i, 0)) for i in range(flags.num_shards)]
     before = psutil.Process().memory_info().rss
     inserts = _insert_all(shards, messages)
     grown = psutil.Process().memory_info().rss - before
-    consumer = make_consumer([LocalReplayReader(shard) for shard in shards], consumer_flags)
-    if not flags.unpack:
-        consumer.start()
+    consumer = make_consumer([LocalReplayReader(shard) for shard in shards], flags)
+    consumer.start()
     seconds, batches, _ = consumer.run(flags.seconds)
     return _figures(
         flags,
-        bytes_per_transition=grown / sum(shard.size for shard in shards),
+        bytes_per_transition=grown / sum(shard.stats().size for shard in shards),
         insert=_timing(inserts, sum(inserts), flags.transitions),
         sample=_timing(batches, seconds, len(batches) * flags.batch_size),
     )
 
 
-def _insert_all(shards: Sequence[ReplayShard], messages: Sequence[Array]) -> list[float]:
+def _insert_all(shards: Sequence[LockedShard], messages: Sequence[Array]) -> list[float]:
     """Inserts every chunk once, shard by shard in turn; returns the seconds of each."""
     seconds = []
     for index, message in enumerate(messages):

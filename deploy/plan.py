@@ -232,7 +232,7 @@ def _replay_sentence(config: RunConfig, spec: EnvSpec) -> str:
     stacks = 2 * spec.frame_stack * _plane_bytes(spec)
     per_plane = for_planes / config.replay.capacity
     return (
-        f"replay holds {config.replay.capacity:,} transitions if their planes compress to {per_plane:,.0f} bytes each (Atari: 120 to 700; "
+        f"replay holds {config.replay.capacity:,} transitions if their planes compress to {per_plane:,.0f} bytes each (Atari: 90 to 600; "
         f"as stacks a transition takes {stacks:,}), else as many as fit in {ByteSize(for_planes)}"
     )
 

@@ -6,45 +6,18 @@ unpack the next batches meanwhile. A batch has its importance weights too.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 from harness import Bench
 from qfleet_messages import RUN, SPEC, flags, messages
 
-from common.messages import Array
-from common.protocols import InsertReply, SampleReply
 from deploy import roles
-from deploy.bench import prefetch_threads, run_config
+from deploy.bench import LockedShard, prefetch_threads, run_config
 from deploy.local_handles import LocalReplayReader
 from learner.batches import Batch, BatchSource
-from replay_server.shard import ReplayShard
 
 PREFETCH_BATCHES = 2
-
-
-class LockedShard:
-    """A shard that two threads of one process may call."""
-
-    def __init__(self, shard: ReplayShard) -> None:
-        self._shard, self._lock = shard, threading.Lock()
-
-    def insert(self, message: Array) -> InsertReply:
-        with self._lock:
-            return self._shard.insert(message)
-
-    def ask_to_insert(self) -> str | None:
-        with self._lock:
-            return self._shard.ask_to_insert()
-
-    def sample(self, num_items: int) -> SampleReply:
-        with self._lock:
-            return self._shard.sample(num_items)
-
-    def update_priorities(self, message: Array) -> int:
-        with self._lock:
-            return self._shard.update_priorities(message)
 
 
 def arrays_of(batch: Batch) -> dict[str, Any]:
@@ -69,16 +42,14 @@ def main() -> None:
     settings = flags(bench.data.num_items, bench.batch)
     packed = messages(bench.data)
     bench.start()
-    shard = LockedShard(roles.make_shard(run_config(settings, packed), SPEC, RUN, 0, 0))
-    per_call = bench.data.num_items / len(packed)
-    for message in packed:
-        reply = bench.insert(lambda message=message: shard.insert(message), per_call)
+    shard = LockedShard(roles.make_shard(run_config(settings, [message for message, _ in packed]), SPEC, RUN, 0, 0))
+    for message, num_transitions in packed:
+        reply = bench.insert(lambda message=message: shard.insert(message), num_transitions)
         assert reply.refusal is None, reply.refusal
     bench.inserted()
-    num_threads = prefetch_threads(settings) if bench.mode == "prefetch" else 1
+    num_threads = prefetch_threads(settings) if bench.mode == "prefetch" else 0
     source = make_source(LocalReplayReader(shard), bench.batch, num_threads)
-    if bench.mode == "prefetch":
-        source.start()
+    source.start()
 
     def draw(priorities: Any) -> Batch:
         batch = source.next_batch(60.0)
@@ -89,7 +60,7 @@ def main() -> None:
     batch = bench.sample(draw)
     source.close()
     bench.check(bench.data.n_step(), arrays_of(batch))
-    bench.report(version="this tree", note=f"{num_threads} threads")
+    bench.report(version="this tree", note=f"{num_threads} prefetch threads")
 
 
 if __name__ == "__main__":

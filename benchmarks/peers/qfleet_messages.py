@@ -20,14 +20,14 @@ def flags(num_items: int, batch_size: int) -> BenchReplayFlags:
     return BenchReplayFlags(transitions=num_items, batch_size=batch_size)
 
 
-def messages(data: Data) -> list[Array]:
-    """Returns the packed chunks of all environments, in turn; a chunk is of one environment."""
+def messages(data: Data) -> list[tuple[Array, int]]:
+    """Returns the packed chunks of all environments, in turn, with their transitions; a chunk is of one environment."""
     of_envs = [_messages_of(data, env) for env in range(NUM_ENVS)]
     longest = max(map(len, of_envs))
     return [chunks[i] for i in range(longest) for chunks in of_envs if i < len(chunks)]
 
 
-def _messages_of(data: Data, env: int) -> list[Array]:
+def _messages_of(data: Data, env: int) -> list[tuple[Array, int]]:
     transitions = data.n_step()
     rows = np.flatnonzero(data.env[: data.num_items] == env)
     builder = ChunkBuilder(SPEC, history=11)
@@ -51,5 +51,6 @@ def _messages_of(data: Data, env: int) -> list[Array]:
         if builder.num_transitions == CHUNK_TRANSITIONS or row == rows[-1]:
             header = {"run": RUN, "actor_slot": env, "incarnation": 0, "seq": len(packed), "params_version": 0}
             sent = len(packed) * CHUNK_TRANSITIONS
-            packed.append(wire.pack(TransitionChunk(**header, num_sent_before=sent, **builder.take())))
+            num = builder.num_transitions
+            packed.append((wire.pack(TransitionChunk(**header, num_sent_before=sent, **builder.take())), num))
     return packed

@@ -23,7 +23,7 @@ def main() -> None:
     bench = Bench("qfleet on Ray")
     settings = flags(bench.data.num_items, bench.batch)
     packed = messages(bench.data)
-    config = run_config(settings, packed)
+    config = run_config(settings, [message for message, _ in packed])
     with local_ray(config) as ray:
         from deploy.ray_handles import RayReplayReader, Worker
 
@@ -41,9 +41,8 @@ def main() -> None:
             reply = ray.get(reference, timeout=TIMEOUT_SECONDS)
             assert reply.refusal is None, reply.refusal
 
-        per_call = bench.data.num_items / len(packed)
-        for message in packed:
-            bench.insert(lambda message=message: push(message), per_call)
+        for message, num_transitions in packed:
+            bench.insert(lambda message=message: push(message), num_transitions)
         bench.insert(lambda: [answer(reference) for reference in in_flight], 0)
         bench.inserted()
         source = make_source(RayReplayReader(shard, 0), bench.batch, prefetch_threads(settings))

@@ -83,3 +83,4 @@ def test_prefetch_threads_are_bounded(monkeypatch):
     monkeypatch.setattr(bench.os, "cpu_count", lambda: 64)
     assert bench.prefetch_threads(BenchReplayFlags()) == 4
     assert bench.prefetch_threads(BenchReplayFlags(prefetch_threads=7)) == 7
+    assert bench.prefetch_threads(BenchReplayFlags(prefetch_threads=0)) == 0
