@@ -126,7 +126,7 @@ def test_a_batch_that_cannot_be_unpacked_is_dropped_and_counted(make_readers, mo
         calls.append(0)
         if len(calls) % 3 == 0:
             batch = wire.unpack(reply.batch, SampleBatch)
-            altered = wire.pack(batch, blocks=[memoryview(bytes(len(batch.plane_data)))])
+            altered = wire.pack(batch, blocks=[memoryview(b"\xff" * len(batch.plane_data))])
             return SampleReply(batch=altered, waits_for=None)
         return reply
 
