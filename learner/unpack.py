@@ -1,8 +1,8 @@
 """Unpacks sampled stacks: decodes each block into a scratch buffer that stays in cache, and streams the planes wanted of it.
 
 The loop is compiled (numba) and calls LZ4's own decoder, so it holds no lock of the interpreter: while one prefetch thread unpacks,
-another one draws. A loop in Python that calls the same decoder takes 1.5 to 3 times as long and does not gain by a second
-thread (docs/benchmarks.md).
+another one draws. A loop in Python takes five times as long and does not gain by a second thread
+(docs/benchmarks.md).
 """
 
 from __future__ import annotations
