@@ -37,6 +37,21 @@ def make_source(reader: Any, batch_size: int, num_threads: int, prefetch_batches
     )
 
 
+def sample(bench: Bench, source: BatchSource) -> None:
+    """Times the batches, and checks the last one."""
+
+    def draw(priorities: Any) -> Batch:
+        batch = source.next_batch(60.0)
+        assert batch is not None, source.waits_for
+        source.update_priorities(batch, priorities)
+        return batch
+
+    source.start()
+    batch = bench.sample(draw)
+    source.close()
+    bench.check(bench.data.n_step(), arrays_of(batch))
+
+
 def main() -> None:
     bench = Bench("qfleet", modes=("serial", "prefetch"))
     settings = flags(bench.data.num_items, bench.batch)
@@ -49,17 +64,7 @@ def main() -> None:
     bench.inserted()
     num_threads = prefetch_threads(settings) if bench.mode == "prefetch" else 0
     source = make_source(LocalReplayReader(shard), bench.batch, num_threads)
-    source.start()
-
-    def draw(priorities: Any) -> Batch:
-        batch = source.next_batch(60.0)
-        assert batch is not None, source.waits_for
-        source.update_priorities(batch, priorities)
-        return batch
-
-    batch = bench.sample(draw)
-    source.close()
-    bench.check(bench.data.n_step(), arrays_of(batch))
+    sample(bench, source)
     bench.report(version="this tree", note=f"{num_threads} prefetch threads")
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from harness import Bench
-from qfleet_inprocess import arrays_of, make_source
+from qfleet_inprocess import make_source, sample
 from qfleet_messages import RUN, SPEC, flags, messages
 
 from deploy import roles
 from deploy.bench import local_ray, prefetch_threads, run_config
-from learner.batches import Batch
 
 TIMEOUT_SECONDS = 120
 CHUNKS_IN_FLIGHT = 4
@@ -46,17 +45,7 @@ def main() -> None:
         bench.insert(lambda: [answer(reference) for reference in in_flight], 0)
         bench.inserted()
         source = make_source(RayReplayReader(shard, 0), bench.batch, prefetch_threads(settings))
-        source.start()
-
-        def draw(priorities: Any) -> Batch:
-            batch = source.next_batch(60.0)
-            assert batch is not None, source.waits_for
-            source.update_priorities(batch, priorities)
-            return batch
-
-        batch = bench.sample(draw)
-        source.close()
-        bench.check(bench.data.n_step(), arrays_of(batch))
+        sample(bench, source)
         bench.report(version="this tree", note=f"{prefetch_threads(settings)} prefetch threads")
 
 
