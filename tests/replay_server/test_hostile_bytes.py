@@ -927,7 +927,7 @@ def test_a_block_that_claims_much_more_than_its_planes_costs_no_memory(make_targ
     ("per_block", "size", "num_blocks"), [(64, 4096, 1), (64, 1024, 2), (1, 4096, 5)], ids=["1_GiB", "128_MiB", "80_MiB"]
 )
 def test_a_chunk_that_claims_many_large_planes_is_refused_before_it_is_decoded(make_target, per_block, size, num_blocks):
-    """Each plane is within its limit, and so are the planes of a block; together they are not."""
+    """Each plane is within its limit; together they are not, be it those of one block or of all."""
     target = make_target(ReplayShard, 0, spec=PIXELS, capacity=20, priority_exponent=1.0, send_compressed=True)
     fields = {"planes_per_block": per_block, "plane_shape": np.array([size, size]), "block_offsets": np.arange(num_blocks + 1)}
     message = repacked(target.chunks[0], **fields, plane_data=np.zeros(num_blocks, np.uint8))
@@ -937,7 +937,9 @@ def test_a_chunk_that_claims_many_large_planes_is_refused_before_it_is_decoded(m
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert reply.refusal == f"block_offsets: {per_block * num_blocks} planes of {size * size} bytes decode to too much"
+    of_a_block = f"planes_per_block: {per_block * size * size} bytes a block, more than {1 << 26}"
+    of_all = f"block_offsets: {per_block * num_blocks} planes of {size * size} bytes decode to too much"
+    assert reply.refusal == (of_a_block if per_block * size * size > 1 << 26 else of_all)
     assert peak < 100_000
 
 
