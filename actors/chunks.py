@@ -30,6 +30,7 @@ class ChunkBuilder:
         self._first_block = 0
         self._open = np.zeros((self._per_block, *spec.plane_shape), np.dtype(spec.plane_dtype))
         self._num_planes = 0
+        self._num_planes_sent = 0
         self._rows: list[tuple[int, int, int, int, float, float, float]] = []
 
     @property
@@ -38,10 +39,12 @@ class ChunkBuilder:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the planes held; those of the open block are taken to encode like those of the last full one."""
-        num_open = self._num_planes % self._per_block
+        """Bytes of the planes that came since the last chunk, each taken to encode like those of the last full block.
+
+        History counts for nothing: where planes are large it alone would call for a chunk at every step.
+        """
         last = len(self._blocks[-1]) if self._blocks else 0
-        return sum(map(len, self._blocks)) + num_open * last // self._per_block
+        return (self._num_planes - self._num_planes_sent) * last // self._per_block
 
     def begin_episode(self) -> None:
         """Adds the zero plane that stands for what was before the next plane."""
@@ -80,6 +83,7 @@ class ChunkBuilder:
         offsets, data = join_blocks(held)
         references = stacks - first_block * self._per_block
         self._rows.clear()
+        self._num_planes_sent = self._num_planes
         self._forget()
         return {
             "codec": self._codec,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from deploy.recorder import Recorder
 from deploy.roles import limiter_shares
 from deploy.run_dir import RunDirectory, read_config, write_json
 
-_FILE = "adjust.json"
+_FILES = "adjust-*.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +48,14 @@ def adjust(path: Path, flags: AdjustFlags) -> int:
         raise UserError(
             f"{path}: no qfleet is running there; give the flags to qfleet resume instead, as --replay.samples-per-insert"
         )
-    write_json(path / _FILE, asdict(flags))
+    file = path / f"adjust-{time.time_ns():020d}-{os.getpid()}.json"  # One a command: none takes another's place.
+    try:
+        write_json(file, asdict(flags))
+    except OSError as error:
+        file.with_name(f".{file.name}.part").unlink(missing_ok=True)
+        raise UserError(
+            f"{file} cannot be written ({error.strerror}): make room, or run qfleet adjust as the run's user"
+        ) from error
     print(f"{path}: the run takes it up within {config.log_period_seconds:.0f} s and says so in its log")
     return 0
 
@@ -58,41 +67,40 @@ def take_up_adjustment(
     recorder: Recorder,
     set_limiters: Callable[[dict[str, Any]], None],
 ) -> RunConfig:
-    """Applies what a command has left for this run, once; returns the configuration from now on.
+    """Applies what commands have left for this run, each once and in their order; returns the configuration from now on.
 
     `set_limiters` gives every shard its shares. A change that cannot be read or would stop the run is told, and nothing done.
     """
-    try:
-        adjusted = _take(run_dir.path, config)
-        if adjusted is None:
-            return config
-        set_limiters(limiter_shares(adjusted))
-    except UserError as error:
-        recorder.event(f"the limiters stay as they are: {error}")
-        return config
-    progress.config = adjusted
-    run_dir.write_config(adjusted)
-    replay = adjusted.replay
-    recorder.event(
-        f"limiters changed: {replay.samples_per_insert or 'no'} samples per insert, min_size {replay.min_size}, buffer of "
-        f"{adjusted.limiter_buffer_samples} samples"
-    )
-    return adjusted
+    for file in sorted(run_dir.path.glob(_FILES)):
+        try:
+            adjusted = _adjusted(config, _take(file))
+            set_limiters(limiter_shares(adjusted))
+            run_dir.write_config(adjusted)
+        except (UserError, OSError) as error:
+            recorder.event(f"the limiters stay as they are: {error}")
+            continue
+        config = progress.config = adjusted
+        replay = config.replay
+        recorder.event(
+            f"limiters changed: {replay.samples_per_insert or 'no'} samples per insert, min_size {replay.min_size}, buffer of "
+            f"{config.limiter_buffer_samples} samples"
+        )
+    return config
 
 
-def _take(path: Path, config: RunConfig) -> RunConfig | None:
-    """Returns the configuration with what a command has left, or None. Raises UserError where that cannot be."""
-    file = path / _FILE
+def _take(file: Path) -> dict[str, Any]:
+    """Returns what a command has left, and removes it. Raises UserError where that cannot be read."""
     try:
-        text = file.read_text()
-    except FileNotFoundError:
-        return None
-    file.unlink()
+        data = file.read_bytes()
+    finally:
+        file.unlink()
     try:
-        values = asdict(AdjustFlags(**json.loads(text)))
+        values = asdict(AdjustFlags(**json.loads(data)))
     except (ValueError, TypeError) as error:
         raise UserError(f"{file}: not a change that qfleet adjust wrote") from error
-    return _adjusted(config, values)
+    if not all(value is None or type(value) in (int, float) for value in values.values()):
+        raise UserError(f"{file}: not a change that qfleet adjust wrote")
+    return values
 
 
 def _adjusted(config: RunConfig, values: dict[str, Any]) -> RunConfig:

@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 
 from common.config import ActorsConfig, ByteSize, EnvConfig, EnvSpec, ExplorationConfig, ReplayConfig, RunConfig
+from common.errors import UserError
 from common.messages import Array
 from common.metrics import ShardStats
 from common.protocols import InsertReply, ReplayReader, SampleReply
@@ -71,6 +72,10 @@ class BenchReplayFlags:
         for name in ("transitions", "n_step", "chunk_transitions", "batch_size", "num_shards", "seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {self.seed}")
+        if self.prefetch_threads is not None and self.prefetch_threads < 0:
+            raise ValueError(f"--prefetch-threads must not be negative, got {self.prefetch_threads}")
         if self.batch_size < self.num_shards:
             raise ValueError(f"--batch-size {self.batch_size} is less than --num-shards {self.num_shards}")
 
@@ -86,8 +91,11 @@ class Timing:
 
 def bench_replay(flags: BenchReplayFlags) -> int:
     """Runs the benchmark, prints its figures and writes them as JSON; returns the exit status."""
-    from actors.environments import probe
+    from actors.environments import check_atari_game, probe
 
+    check_atari_game(flags.game)
+    if flags.json is not None and not os.access(flags.json.parent, os.W_OK):
+        raise UserError(f"--json {flags.json}: no directory that can be written to")
     spec = probe(run_config(flags).env)
     started = time.monotonic()
     messages = record_chunks(flags)
@@ -106,9 +114,10 @@ def measure(messages: Sequence[Array], spec: EnvSpec, flags: BenchReplayFlags) -
     """Returns the figures of `--json`, without the machine's."""
     num_bytes = sum(len(message) for message in messages)
     about = {key: value for key, value in asdict(flags).items() if key != "json"}
-    about |= {"chunks": len(messages), "message_bytes_per_transition": num_bytes / flags.transitions}
     phases = _measure_in_process if flags.topology == "process" else _measure_on_ray
-    return phases(messages, spec, flags) | about
+    figures = phases(messages, spec, flags)
+    each = num_bytes / figures["inserted_transitions"]
+    return figures | about | {"chunks": len(messages), "message_bytes_per_transition": each}
 
 
 def record_chunks(flags: BenchReplayFlags) -> list[Array]:
@@ -250,8 +259,9 @@ class Consumer:
     def __init__(self, readers: Sequence[ReplayReader], flags: BenchReplayFlags) -> None:
         import torch
 
-        from learner.batches import BatchSource
+        from learner.batches import BatchSource, shares
 
+        self._shares = shares(flags.batch_size, len(readers))
         self._readers = [_TimedReader(reader) for reader in readers]
         self._flags = flags
         self._rng = np.random.default_rng(flags.seed)
@@ -269,8 +279,12 @@ class Consumer:
         """Begins to prefetch, where there are threads for it."""
         self._source.start()
 
+    def close(self) -> None:
+        """Ends the threads."""
+        self._source.close()
+
     def run(self, seconds: float) -> tuple[float, list[float], list[float]]:
-        """Returns (seconds, seconds of each batch, seconds from request to answer of each request)."""
+        """Returns (seconds, seconds between two batches, seconds from each request until its answer is collected)."""
         self._draw()
         for reader in self._readers:
             reader.latencies.clear()
@@ -293,21 +307,18 @@ class DroppingConsumer(Consumer):
     """Draws without unpacking: what the shards can give, not what one learner can take."""
 
     def start(self) -> None:
-        for reader in self._readers:
+        for reader, num_items in zip(self._readers, self._shares, strict=True):
             for _ in range(_PREFETCH_BATCHES):
-                self._request(reader)
-
-    def _request(self, reader: _TimedReader) -> None:
-        reader.request(self._flags.batch_size // len(self._readers))
+                reader.request(num_items)
 
     def _draw(self) -> None:
         from common import wire
         from common.messages import PriorityUpdate, SampleBatch
 
-        for reader in self._readers:
+        for reader, num_items in zip(self._readers, self._shares, strict=True):
             reply = reader.collect(_TIMEOUT_SECONDS)
             assert reply is not None and reply.batch is not None, reply and reply.waits_for
-            self._request(reader)
+            reader.request(num_items)
             batch = wire.unpack(reply.batch, SampleBatch)
             priority = self._rng.random(len(batch.item_id)) + 1e-3
             update = PriorityUpdate(
@@ -356,28 +367,33 @@ def _measure_in_process(messages: Sequence[Array], spec: EnvSpec, flags: BenchRe
     config = run_config(flags, messages)
     shards = [LockedShard(roles.make_shard(config, spec, RUN, i, 0)) for i in range(flags.num_shards)]
     before = psutil.Process().memory_info().rss
-    inserts = _insert_all(shards, messages)
+    inserts, num_inserted = _insert_all(shards, messages)
     grown = psutil.Process().memory_info().rss - before
     consumer = make_consumer([LocalReplayReader(shard) for shard in shards], flags)
-    consumer.start()
-    seconds, batches, _ = consumer.run(flags.seconds)
+    try:
+        consumer.start()
+        seconds, batches, _ = consumer.run(flags.seconds)
+    finally:
+        consumer.close()
     return _figures(
         flags,
-        bytes_per_transition=grown / sum(shard.stats().size for shard in shards),
-        insert=_timing(inserts, sum(inserts), flags.transitions),
+        num_inserted=num_inserted,
+        grown=grown,
+        insert=_timing(inserts, sum(inserts), num_inserted),
         sample=_timing(batches, seconds, len(batches) * flags.batch_size),
     )
 
 
-def _insert_all(shards: Sequence[LockedShard], messages: Sequence[Array]) -> list[float]:
-    """Inserts every chunk once, shard by shard in turn; returns the seconds of each."""
-    seconds = []
+def _insert_all(shards: Sequence[LockedShard], messages: Sequence[Array]) -> tuple[list[float], int]:
+    """Inserts every chunk once, shard by shard in turn; returns the seconds of each, and the transitions of all."""
+    seconds, num_inserted = [], 0
     for index, message in enumerate(messages):
         started = time.perf_counter()
         reply = shards[index % len(shards)].insert(message)
         seconds.append(time.perf_counter() - started)
         assert reply.refusal is None, reply.refusal
-    return seconds
+        num_inserted += reply.num_inserted
+    return seconds, num_inserted
 
 
 def _measure_on_ray(messages: Sequence[Array], spec: EnvSpec, flags: BenchReplayFlags) -> dict[str, Any]:
@@ -401,7 +417,7 @@ def _measure_on_ray(messages: Sequence[Array], spec: EnvSpec, flags: BenchReplay
         before = sum(process.memory_info().rss for process in processes)
         insert_seconds, inserts = answer(producer.call.remote("run", None))
         grown = sum(process.memory_info().rss for process in processes) - before
-        size = sum(stats.size for stats in answer([shard.call.remote("stats") for shard in shards]))
+        num_inserted = sum(stats.num_inserted for stats in answer([shard.call.remote("stats") for shard in shards]))
         answer(consumer.call.remote("start"))
         cpu_before = _cpu_seconds(processes)
         seconds, batches, latencies = answer(consumer.call.remote("run", flags.seconds))
@@ -409,12 +425,13 @@ def _measure_on_ray(messages: Sequence[Array], spec: EnvSpec, flags: BenchReplay
         pushing = producer.call.remote("run", flags.seconds)
         both_seconds, both_batches, both_latencies = answer(consumer.call.remote("run", flags.seconds))
         push_seconds, pushes = answer(pushing)
-        per_chunk = flags.transitions / len(messages)
+        per_chunk = num_inserted / len(messages)
         sample = _timing(latencies, seconds, len(batches) * flags.batch_size)
         return _figures(
             flags,
-            bytes_per_transition=grown / size,
-            insert=_timing(inserts, insert_seconds, flags.transitions),
+            num_inserted=num_inserted,
+            grown=grown,
+            insert=_timing(inserts, insert_seconds, num_inserted),
             sample=sample,
         ) | {
             "shard_cpu_per_second": cpu_seconds / seconds,
@@ -431,22 +448,25 @@ def local_ray(config: RunConfig) -> Iterator[Any]:
     ray_environment.prepare()
     import ray
 
-    from deploy.supervisor import make_temp_dir, start_ray
+    from deploy.supervisor import RunFault, make_temp_dir, start_ray
 
     temp_dir = make_temp_dir()
     try:
         start_ray(config, temp_dir)
         yield ray
+    except RunFault as error:
+        raise UserError(str(error)) from error
     finally:
         ray.shutdown()
         shutil.rmtree(temp_dir, ignore_errors=True)
 
 
-def _figures(flags: BenchReplayFlags, *, bytes_per_transition: float, insert: Timing, sample: Timing) -> dict[str, Any]:
+def _figures(flags: BenchReplayFlags, *, num_inserted: int, grown: int, insert: Timing, sample: Timing) -> dict[str, Any]:
     return {
+        "inserted_transitions": num_inserted,
         "insert_transitions_per_second": insert.transitions_per_second,
         "sample_transitions_per_second": sample.transitions_per_second,
-        "bytes_per_transition": bytes_per_transition,
+        "bytes_per_transition": grown / num_inserted,
         "insert_p50_ms": insert.p50_ms,
         "insert_p99_ms": insert.p99_ms,
         "sample_p50_ms": sample.p50_ms,

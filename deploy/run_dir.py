@@ -38,6 +38,7 @@ class RunDirectory:
     """The plain values of that checkpoint; empty at the beginning."""
     changed: list[str]
     """Settings that differ from those of the command before this one."""
+    _info: dict[str, Any]
     _lock: TextIO
 
     @property
@@ -49,8 +50,7 @@ class RunDirectory:
 
     def write_config(self, config: RunConfig) -> None:
         """Writes settings that were changed while the run goes on, for those who continue it."""
-        info = read_run_json(self.path)
-        write_json(self.path / "run.json", info | {"config": config_module.as_dict(config)})
+        write_json(self.path / "run.json", self._info | {"config": config_module.as_dict(config)})
 
     def close(self) -> None:
         self._lock.close()
@@ -100,7 +100,9 @@ def _open_locked(config: RunConfig, path: Path, lock: TextIO) -> RunDirectory:
         info = {"format_version": FORMAT_VERSION, "run": secrets.token_hex(8), "versions": versions(), "hardware": hardware()}
     info["config"] = config_module.as_dict(config)
     write_json(info_path, info)
-    return RunDirectory(path=path, run=info["run"], checkpoint=checkpoint, meta=meta, changed=changed, _lock=lock)
+    for left in path.glob("adjust-*.json"):  # For a command that has ended: this one's flags are newer.
+        left.unlink()
+    return RunDirectory(path=path, run=info["run"], checkpoint=checkpoint, meta=meta, changed=changed, _info=info, _lock=lock)
 
 
 def read_run_json(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ of their own, so that the update finds tensors.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -190,8 +191,9 @@ class BatchSource:
             self._queue.put(error)
 
     def _drain(self) -> None:
-        while not self._queue.empty():
-            self._queue.get_nowait()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
 
     def _draw(self, timeout_seconds: float) -> Batch | None:
         with self._collecting:

@@ -132,7 +132,15 @@ def _fence(_context: Any) -> Any:
     return types.void(), generate
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _compile(function: Any) -> Any:
+    """Compiles at the first call, and keeps the result beside this file or in the user's cache where one can be written to."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # Nowhere to write: a read-only checkout of a user without a home.
+        return numba.njit(nogil=True)(function)
+
+
+@_compile
 def _unpack(
     decoder: int,
     data: Array,

@@ -28,6 +28,7 @@ _MIN_SEGMENTS = 8
 _MOST_SEGMENTS = 64  # Where they may be smaller: to make room, the items of a whole segment go.
 _MAX_SEGMENT_BYTES = 4 << 20
 _MIN_SEGMENT_BYTES = 128 << 10
+_GOOD_SEGMENT_BYTES = 512 << 10  # Holds the largest chunk of planes that do not compress, with its history.
 
 
 class ReplayShard:
@@ -344,7 +345,8 @@ def _make_store(memory: int, capacity: int, frame_stack: int, *, prioritized: bo
             f"{ByteSize(least)}: raise --replay.memory or lower --replay.capacity"
         )
     num_bytes = memory - index_bytes(capacity, frame_stack, prioritized=prioritized)
-    num_segments = min(num_bytes // _MIN_SEGMENT_BYTES, max(_MOST_SEGMENTS, -(-num_bytes // _MAX_SEGMENT_BYTES)))
+    num_segments = min(num_bytes // _GOOD_SEGMENT_BYTES, _MOST_SEGMENTS)
+    num_segments = max(num_segments, _MIN_SEGMENTS, -(-num_bytes // _MAX_SEGMENT_BYTES))
     return SegmentStore(num_bytes, num_bytes // num_segments)
 
 

@@ -107,7 +107,7 @@ def test_actor_chunks_are_numbered_without_gaps(make_rig, scripted, random_scrip
 
 
 def test_actor_chunk_ends_at_its_bytes_and_never_stalls(make_rig, scripted):
-    """A plane is 12 bytes; the history that a chunk carries over counts too, and may alone be past the limit."""
+    """A plane is 12 bytes; the history that a chunk carries over counts for nothing, so 20 planes are 20 steps."""
     sizes = {}
     for chunk_bytes in (1, 12 * 20, 90_000):
         environment, _ = scripted([FOREVER])
@@ -116,7 +116,7 @@ def test_actor_chunk_ends_at_its_bytes_and_never_stalls(make_rig, scripted):
         sizes[chunk_bytes] = [chunk.num_transitions for chunk in rig.writer.chunks()]
     assert set(sizes[1]) == {1} and len(sizes[1]) > 280
     assert set(sizes[90_000]) == {32}
-    assert 10 < max(sizes[240]) < 20
+    assert 18 <= max(sizes[240]) <= 20
     assert sum(sizes[240]) > 280
 
 

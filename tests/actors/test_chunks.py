@@ -97,9 +97,26 @@ def test_chunk_num_bytes_counts_what_is_held():
     assert builder.num_transitions == 1
     fields = builder.take()
     assert len(fields["plane_data"]) == 2 * VECTOR_BYTES
-    assert (builder.num_bytes, builder.num_transitions) == (5 * VECTOR_BYTES, 0)
+    assert (builder.num_bytes, builder.num_transitions) == (0, 0)  # History counts for nothing.
     fill(builder, VECTOR, [8])
-    assert builder.num_bytes == 6 * VECTOR_BYTES
+    assert builder.num_bytes == VECTOR_BYTES
+
+
+def test_chunk_of_planes_that_do_not_compress_is_smaller_than_their_stacks():
+    """Kills a size that counts history: with it, noise is sent a transition at a time, each with all its history."""
+    spec = EnvSpec((84, 84), "|u1", 4, 3)
+    rng, builder, sizes = np.random.default_rng(0), ChunkBuilder(spec, history=11), []
+    builder.begin_episode()
+    for number in range(1, 400):
+        builder.add_plane(rng.integers(256, size=(84, 84)).astype(np.uint8))
+        if number > 3:
+            builder.add_transition(number - 3, number, 1, 0, (0.0, 1.0, 1.0))
+        if builder.num_bytes >= 90_000:
+            sizes.append((len(builder._rows), len(builder.take()["plane_data"])))
+    transitions, num_bytes = np.sum(sizes[1:], axis=0)
+    assert transitions / len(sizes[1:]) > 11
+    assert num_bytes / transitions < 0.5 * 2 * 4 * 84 * 84
+    assert max(size for _, size in sizes) < 512 << 10  # What a segment of a shard of 4 MiB holds.
 
 
 def test_chunk_take_keeps_exactly_the_history(rows_of):
@@ -123,7 +140,7 @@ def test_chunk_long_run_does_not_grow(spec, rows_of):
     for number in range(2, 3000):
         fill(builder, spec, [number])
         builder.add_transition(number - 1, number, 1, 0, (0.0, 1.0, 1.0))
-        most = max(most, builder.num_bytes)
+        most = max(most, sum(map(len, builder._blocks)))
         if number % 7 == 0:
             rows = rows_of(chunk_of(spec, builder.take()))
             np.testing.assert_array_equal(rows[-1][4][-1], plane_of(spec, number))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 
 import pytest
 
@@ -93,18 +92,48 @@ def test_nothing_is_left_where_nothing_runs(run):
     run.close()
     with pytest.raises(UserError, match="no qfleet is running there; give the flags to qfleet resume"):
         adjust.adjust(run.path, AdjustFlags(min_size=5))
-    assert not (run.path / "adjust.json").exists()
+    assert not list(run.path.glob("adjust*"))
     with (run.path / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Asking does not keep the lock.
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"seed": 3}', json.dumps({"samples_per_insert": -1.0})])
-def test_a_file_that_cannot_be_a_change_is_told_and_nothing_done(run, take_up, text):
-    (run.path / "adjust.json").write_text(text)
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"[]", b'{"seed": 3}', b'{"samples_per_insert": -1.0}', b'{"samples_per_insert": "abc"}', b'{"min_size": true}',
+     b"\xff\xfe\x00bad", b'{"min_size": 2.5'],
+)  # fmt: skip
+def test_a_file_that_cannot_be_a_change_is_told_once_and_nothing_done(run, take_up, data):
+    (run.path / "adjust-1.json").write_bytes(data)
     before = read_config(run.path)
     config, given, events = take_up()
     assert (config, given) == (before, [])
     assert events[0].startswith("the limiters stay as they are: ")
+    assert take_up() == (before, [], [])
+
+
+def test_two_changes_before_the_run_looks_are_both_taken_up(run, take_up):
+    adjust.adjust(run.path, AdjustFlags(samples_per_insert=4.0))
+    adjust.adjust(run.path, AdjustFlags(min_size=700))
+    config, given, _ = take_up()
+    assert (config.replay.samples_per_insert, config.replay.min_size, len(given)) == (4.0, 700, 2)
+
+
+def test_a_truncated_run_json_is_written_anew(run, take_up):
+    adjust.adjust(run.path, AdjustFlags(samples_per_insert=4.0))
+    config = read_config(run.path)
+    (run.path / "run.json").write_text('{"format')
+    events = Events()
+    adjusted = take_up_adjustment(config, run, Display(), events, lambda shares: None)
+    assert read_config(run.path) == adjusted != config
+
+
+def test_a_change_that_is_left_over_does_not_reach_the_next_command(run):
+    adjust.adjust(run.path, AdjustFlags(samples_per_insert=4.0))
+    config = read_config(run.path)
+    run.close()
+    again = open_run(config, run.path)
+    assert not list(run.path.glob("adjust*"))
+    again.close()
 
 
 def test_a_shard_that_refuses_leaves_all_as_it_was(run, take_up):
