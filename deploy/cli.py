@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qfleet: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("qfleet: ended at once, without a last checkpoint; those written before are kept", file=sys.stderr)
+        print("qfleet: ended at once; checkpoints that were written before are kept", file=sys.stderr)
         return 130
 
 
