@@ -12,6 +12,7 @@ with the reason, and the others go on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -115,9 +116,11 @@ def _run(command: list[str], timeout_seconds: float) -> str | None:
     try:
         _, errors = process.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
         return f"not done after {timeout_seconds:.0f} seconds"
+    finally:  # Also where the user interrupts, and what a script has left behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     if process.returncode == 0:
         return None
     return (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]

@@ -159,8 +159,9 @@ def _object_store() -> dict[str, float]:
     text = memory_summary(stats_only=True)
     held = re.search(r"Plasma memory usage ([\d.]+) MiB", text)
     spilled = re.search(r"Spilled ([\d.]+) MiB", text)
+    assert held, f"Ray tells its object store in other words: {text}"
     return {
-        "store_bytes": float(held.group(1)) * 2**20 if held else float("nan"),
+        "store_bytes": float(held.group(1)) * 2**20,
         "spilled_bytes": float(spilled.group(1)) * 2**20 if spilled else 0.0,
     }
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -20,6 +20,7 @@ from rich.table import Table
 from common.config import ByteSize, EnvSpec, RunConfig
 from common.errors import UserError
 from deploy.roles import shard_shares
+from deploy.run_dir import num_cpus
 from replay_server.shard import index_bytes, min_memory
 
 MAX_WORKERS_PER_CPU = 8
@@ -31,6 +32,7 @@ _TORCH_WORKER_BYTES = 320 * _MIB  # With PyTorch on a CPU and one environment: a
 _LEARNER_BYTES = 480 * _MIB  # With the compiler of the unpacking loop.
 _ENV_BYTES = 3 * _MIB  # One more emulator.
 _CUDA_BYTES = 700 * _MIB  # What a process that uses a GPU takes of it, and of RAM, before it does anything.
+_MOST_PREFETCH_THREADS = 4
 _COPIES_OF_PARAMS = 6  # Online, target, gradients, two moments of Adam, and a snapshot on its way.
 # Features, parameters and values of the convolutions over 4 frames of 84 x 84.
 _TORSOS = {"dqn2013": (2_592, 12_336, 8_992), "nature": (3_136, 77_984, 21_120)}
@@ -95,11 +97,12 @@ def plan_memory(config: RunConfig, spec: EnvSpec, *, uses_gpu: bool) -> list[Rol
     """Returns the roles of a run with what they take."""
     params = 4 * network_size(config, spec)[0]
     learning = _batches_bytes(config, spec) + _activation_bytes(config, spec) + _COPIES_OF_PARAMS * params
-    batches = f"{config.learner.prefetch_batches + 2} batches of {config.learner.batch_size}"
+    batches = f"{_num_batches(config)} batches of {config.learner.batch_size}"
     replay = int(config.replay.memory)
     if config.serial:
         everything = _LEARNER_BYTES + replay + learning + config.actors.num_envs * config.actors.num_actors * _ENV_BYTES
         return [RoleMemory("one process", 1, everything, _CUDA_BYTES + learning if uses_gpu else 0, "serial")]
+    num_evaluated = min(max(config.evaluation.episodes, config.evaluation.final_episodes), config.evaluation.num_envs)
     share = shard_shares(config)
     index = index_bytes(share["capacity"], spec.frame_stack, prioritized=config.replay.priority_exponent > 0)
     learner_ram = _LEARNER_BYTES + (_CUDA_BYTES + _batches_bytes(config, spec) if uses_gpu else learning)
@@ -114,7 +117,7 @@ def plan_memory(config: RunConfig, spec: EnvSpec, *, uses_gpu: bool) -> list[Rol
             note=f"replay.memory {ByteSize(share['memory'])}, of it index {ByteSize(index)} for {share['capacity']:,} transitions",
         ),
         RoleMemory("params store", 1, _WORKER_BYTES + 2 * params),
-        RoleMemory("evaluator", 1, _TORCH_WORKER_BYTES + config.evaluation.episodes * _ENV_BYTES + 2 * params),
+        RoleMemory("evaluator", 1, _TORCH_WORKER_BYTES + num_evaluated * _ENV_BYTES + 2 * params),
         RoleMemory(
             "actor",
             config.actors.num_actors,
@@ -126,14 +129,7 @@ def plan_memory(config: RunConfig, spec: EnvSpec, *, uses_gpu: bool) -> list[Rol
 
 def check_memory(config: RunConfig, spec: EnvSpec, *, uses_gpu: bool = False) -> None:
     """Raises UserError where the replay cannot hold its index, or the run does not fit in this machine's memory."""
-    shares = shard_shares(config)
-    least = min_memory(shares["capacity"], spec.frame_stack, prioritized=config.replay.priority_exponent > 0)
-    if shares["memory"] < least:
-        needed = ByteSize(-(-least * config.replay.num_shards // 2**20) * 2**20)
-        raise UserError(
-            f"replay.memory {config.replay.memory} is too little for replay.capacity {config.replay.capacity}: its index and "
-            f"the smallest store take {needed}; raise --replay.memory to that, or lower --replay.capacity"
-        )
+    _check_index(config, spec, shard_shares(config))
     available = available_memory()
     roles = plan_memory(config, spec, uses_gpu=uses_gpu)
     total = sum(role.workers * role.ram for role in roles) + _shared_memory(config)
@@ -150,6 +146,16 @@ def check_memory(config: RunConfig, spec: EnvSpec, *, uses_gpu: bool = False) ->
         )
 
 
+def _check_index(config: RunConfig, spec: EnvSpec, shares: dict[str, Any]) -> None:
+    least = min_memory(shares["capacity"], spec.frame_stack, prioritized=config.replay.priority_exponent > 0)
+    if shares["memory"] < least:
+        needed = ByteSize(-(-least * config.replay.num_shards // 2**20) * 2**20)
+        raise UserError(
+            f"replay.memory {config.replay.memory} is too little for replay.capacity {config.replay.capacity}: its index and "
+            f"the smallest store take {needed}; raise --replay.memory to that, or lower --replay.capacity"
+        )
+
+
 def print_plan(config: RunConfig) -> int:
     """`qfleet plan`: prints what the run will take on each node; returns the exit status.
 
@@ -159,6 +165,12 @@ def print_plan(config: RunConfig) -> int:
     from actors.environments import probe
 
     spec = probe(config.env)
+    if config.learner.device == "cuda":
+        from learner.learner import pick_device
+
+        pick_device(config.learner.device)
+    shares = shard_shares(config)
+    _check_index(config, spec, shares)
     gpu = gpu_memory() if config.learner.device != "cpu" else None
     roles = plan_memory(config, spec, uses_gpu=gpu is not None)
     table = Table("role", "workers", "RAM each", "RAM", "GPU memory", "", box=None, pad_edge=False)
@@ -180,7 +192,7 @@ def print_plan(config: RunConfig) -> int:
         )
     )
     if not config.serial:
-        console.print(plan_cpus(config, os.cpu_count() or 1).describe())
+        console.print(plan_cpus(config, num_cpus()).describe())
     console.print(_replay_sentence(config, spec))
     check_memory(config, spec, uses_gpu=gpu is not None)
     needed = sum(role.gpu for role in roles)
@@ -215,6 +227,13 @@ def _shared_memory(config: RunConfig) -> int:
 def _memory_advice(config: RunConfig, roles: list[RoleMemory], missing: int) -> str:
     """Says which one setting makes the run fit, by how much; both, where neither does alone."""
     advice = []
+    learning = (
+        next((role.ram for role in roles if role.role in ("learner", "one process")), 0) - config.replay.memory * config.serial
+    )
+    if learning - _LEARNER_BYTES > missing:
+        advice.append("lower --learner.batch-size or --learner.prefetch-batches")
+    if _shared_memory(config) - missing >= 64 * _MIB:
+        advice.append(f"lower --object-store-memory to {(_shared_memory(config) - missing) // _MIB}MiB")
     if config.replay.memory - missing >= _MIB:
         advice.append(f"lower --replay.memory to {(config.replay.memory - missing) // _MIB}MiB")
     each = next((role.ram for role in roles if role.role == "actor"), 0)
@@ -245,7 +264,12 @@ def _batches_bytes(config: RunConfig, spec: EnvSpec) -> int:
     """Both stacks of every batch held: as stored, and as prepared for the network in at most four bytes a value."""
     values = 2 * spec.frame_stack * math.prod(spec.plane_shape)
     each = config.learner.batch_size * (2 * spec.frame_stack * _plane_bytes(spec) + 4 * values)
-    return (config.learner.prefetch_batches + 2) * each
+    return _num_batches(config) * each
+
+
+def _num_batches(config: RunConfig) -> int:
+    """Those that are ready, those that the prefetch threads unpack, and the one that is learned from."""
+    return config.learner.prefetch_batches + _MOST_PREFETCH_THREADS + 1
 
 
 def network_size(config: RunConfig, spec: EnvSpec) -> tuple[int, int]:

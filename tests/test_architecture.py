@@ -59,7 +59,7 @@ def test_init_files_are_empty_and_no_module_shadows_the_standard_library():
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
-        ("replay_server.shard", ("torch", "ray", "gymnasium", "ale_py")),
+        ("replay_server.shard", ("torch", "ray", "gymnasium", "ale_py", "numba")),
         ("deploy.supervisor", ("torch",)),  # The driver stays light.
         ("deploy.roles", ("torch", "gymnasium")),
         ("common.wire", ("torch", "ray")),

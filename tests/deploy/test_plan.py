@@ -82,7 +82,7 @@ def test_plan_says_what_to_change_by_how_much_and_that_makes_it_fit(plenty, caps
 
 
 def test_plan_says_how_many_actors_fit(plenty, monkeypatch, capsys):
-    monkeypatch.setattr(plan.os, "cpu_count", lambda: 512)
+    monkeypatch.setattr(plan, "num_cpus", lambda: 512)
     assert main(["plan", "pong", "--actors.num-actors", "400", "--replay.memory", "64MiB"]) == 2
     number = capsys.readouterr().err.split("--actors.num-actors to ")[1].split()[0]
     assert 100 < int(number) < 400
