@@ -242,7 +242,7 @@ class ReplayConfig:
     """alpha of Schaul et al. 2016 (arXiv:1511.05952): 0 uniform, 1 proportional."""
 
     send_compressed: bool = True
-    """Sampled planes travel as LZ4 blocks and the learner's prefetch thread unpacks them. False: the shard does."""
+    """Sampled planes travel as LZ4 blocks and the learner's prefetch threads unpack them. False: the shard does."""
 
     def __post_init__(self) -> None:
         _require_positive("replay", self, "num_shards", "memory", "capacity", "min_size")
@@ -295,7 +295,7 @@ class LearnerConfig:
     """Added to abs(td_error), so that every transition can be drawn again."""
 
     prefetch_batches: int = 4
-    """Batches held ready by the prefetch thread, and requests under way to each shard."""
+    """Batches held ready by the prefetch threads (one for each spare core, at most 4), and requests under way to each shard."""
 
     publish_period_updates: int = 50
     """Updates between two publications of parameters."""

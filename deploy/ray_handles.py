@@ -164,7 +164,7 @@ class RayReplayReader:
         return reply
 
     def update_priorities(self, message: Array) -> None:
-        """Sends and forgets; called from the learner's thread, while `request` and `collect` are the prefetch thread's."""
+        """Sends and forgets; called from the learner's thread, while `request` and `collect` are a prefetch thread's."""
         self._shard.call.remote("update_priorities", message)
 
 

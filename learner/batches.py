@@ -1,6 +1,6 @@
 """From shards to tensors: asks every shard for its share, merges the answers, and keeps batches ready.
 
-Sits between the shards and the update. Unpacking, decompression, importance weights and conversion happen here, on a thread
+Sits between the shards and the update. Unpacking, decompression, importance weights and conversion happen here, on threads
 of their own, so that the update finds tensors.
 """
 

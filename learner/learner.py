@@ -34,8 +34,8 @@ class Learner:
     """Owns the online and target networks and the optimizer.
 
     `step()` takes one batch and does one update, or returns False where there is no batch; `run(seconds)` loops. Called from
-    one thread; the prefetch thread that `start()` begins is the batch source's, and shares only its queue and fault counters. Parameters are published at version
-    0, then every `publish_period_updates`.
+    one thread; the prefetch threads that `start()` begins are the batch source's, and share only its queue and fault counters.
+    Parameters are published at version 0, then every `publish_period_updates`.
     """
 
     def __init__(

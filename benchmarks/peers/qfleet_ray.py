@@ -1,6 +1,6 @@
 """qfleet's shard in a Ray worker, as in a run: one producer of packed chunks, one consumer of batches, both in this process.
 
-The producer has 4 chunks in flight, as an actor has; the consumer's prefetch thread has 2 requests in flight and unpacks.
+The producer has 4 chunks in flight, as an actor has; the consumer's prefetch threads have 2 requests in flight and unpack.
 """
 
 from __future__ import annotations
