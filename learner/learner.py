@@ -93,7 +93,7 @@ class Learner:
         return self._stats.updates
 
     def start(self) -> None:
-        """Begins prefetching on a thread."""
+        """Begins to prefetch, on threads."""
         self._source.start()
 
     def close(self) -> None:
