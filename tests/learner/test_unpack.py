@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numba
 import numpy as np
 import pytest
 
@@ -119,3 +120,18 @@ def test_a_block_that_ends_before_a_plane_that_is_wanted_is_refused(make_batch):
     stacks = merge_stacks([dataclasses.replace(longer, s_tm1=references, s_t=references)])
     planes = decode_planes(batch)
     np.testing.assert_array_equal(stacks, [planes[references - (references >= 9)]] * 2)
+
+
+def test_the_loop_compiles_where_nothing_can_be_cached(monkeypatch):
+    """A read-only checkout of a user without a home: numba finds no place for its cache, and says so when it decorates."""
+    njit, caches = numba.njit, []
+
+    def without_a_place(*, nogil, cache=False):
+        caches.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(nogil=nogil)
+
+    monkeypatch.setattr(numba, "njit", without_a_place)
+    assert unpack._compile(lambda x: x + 1)(2) == 3
+    assert caches == [True, False]
