@@ -254,6 +254,9 @@ class ReplayConfig:
         )
 
 
+MAX_PREFETCH_THREADS = 4  # Of a learner: unpacking is soon bound by memory.
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearnerConfig:
     """The learner."""

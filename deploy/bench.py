@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import psutil
 
-from common.config import ActorsConfig, ByteSize, EnvConfig, EnvSpec, ExplorationConfig, ReplayConfig, RunConfig
+from common.config import (
+    MAX_PREFETCH_THREADS,
+    ActorsConfig,
+    ByteSize,
+    EnvConfig,
+    EnvSpec,
+    ExplorationConfig,
+    ReplayConfig,
+    RunConfig,
+)
 from common.errors import UserError
 from common.messages import Array
 from common.metrics import ShardStats
@@ -35,7 +44,6 @@ _NUM_ENVS = 8
 _CHUNKS_IN_FLIGHT = 4
 _PREFETCH_BATCHES = 2
 _TIMEOUT_SECONDS = 300.0
-_MOST_PREFETCH_THREADS = 4
 RUN = "bench"
 
 
@@ -150,7 +158,7 @@ def record_chunks(flags: BenchReplayFlags) -> list[Array]:
 
 
 def prefetch_threads(flags: BenchReplayFlags) -> int:
-    return min(os.cpu_count() or 1, _MOST_PREFETCH_THREADS) if flags.prefetch_threads is None else flags.prefetch_threads
+    return min(os.cpu_count() or 1, MAX_PREFETCH_THREADS) if flags.prefetch_threads is None else flags.prefetch_threads
 
 
 class _Recorder:

@@ -17,7 +17,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from common.config import ByteSize, EnvSpec, RunConfig
+from common.config import MAX_PREFETCH_THREADS, ByteSize, EnvSpec, RunConfig
 from common.errors import UserError
 from deploy.roles import shard_shares
 from deploy.run_dir import num_cpus
@@ -32,7 +32,6 @@ _TORCH_WORKER_BYTES = 320 * _MIB  # With PyTorch on a CPU and one environment: a
 _LEARNER_BYTES = 480 * _MIB  # With the compiler of the unpacking loop.
 _ENV_BYTES = 3 * _MIB  # One more emulator.
 _CUDA_BYTES = 700 * _MIB  # What a process that uses a GPU takes of it, and of RAM, before it does anything.
-_MOST_PREFETCH_THREADS = 4
 _COPIES_OF_PARAMS = 6  # Online, target, gradients, two moments of Adam, and a snapshot on its way.
 # Features, parameters and values of the convolutions over 4 frames of 84 x 84.
 _TORSOS = {"dqn2013": (2_592, 12_336, 8_992), "nature": (3_136, 77_984, 21_120)}
@@ -269,7 +268,7 @@ def _batches_bytes(config: RunConfig, spec: EnvSpec) -> int:
 
 def _num_batches(config: RunConfig) -> int:
     """Those that are ready, those that the prefetch threads unpack, and the one that is learned from."""
-    return config.learner.prefetch_batches + _MOST_PREFETCH_THREADS + 1
+    return config.learner.prefetch_batches + MAX_PREFETCH_THREADS + 1
 
 
 def network_size(config: RunConfig, spec: EnvSpec) -> tuple[int, int]:

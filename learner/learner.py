@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common import params as params_module
 from common import wire
-from common.config import LearnerConfig
+from common.config import MAX_PREFETCH_THREADS, LearnerConfig
 from common.errors import CheckpointError, NonFiniteError, UserError
 from common.messages import Array, ParamsSnapshot
 from common.metrics import LearnerStats
@@ -26,8 +26,6 @@ from common.protocols import ParamsWriter, ReplayReader
 from learner import checkpoint as checkpoints
 from learner import losses
 from learner.batches import Batch, BatchSource
-
-_MOST_PREFETCH_THREADS = 4  # Unpacking is soon bound by memory.
 
 
 class Learner:
@@ -67,7 +65,7 @@ class Learner:
             batch_size=config.batch_size,
             importance_exponent=config.importance_exponent,
             prefetch_batches=config.prefetch_batches,
-            prefetch_threads=min(torch.get_num_threads(), _MOST_PREFETCH_THREADS),
+            prefetch_threads=min(torch.get_num_threads(), MAX_PREFETCH_THREADS),
             prepare=lambda observations: self._online.prepare(observations, self._compute_dtype),
             device=self._device,
         )
