@@ -121,9 +121,18 @@ class EnvConfig:
 class NetworkConfig:
     """The Q-network."""
 
-    torso: Literal["mlp", "dqn2013", "nature"] = "mlp"
-    """mlp: none, the flattened observation; dqn2013: conv 16 8x8/4, 32 4x4/2 (Mnih et al. 2013);
-    nature: conv 32 8x8/4, 64 4x4/2, 64 3x3/1 (Mnih et al. 2015)."""
+    torso: Literal["mlp", "dqn2013", "nature", "impala"] = "mlp"
+    """mlp: none, the flattened observation; dqn2013: conv 16 8x8/4, 32 4x4/2 (Mnih et al. 2013); nature: conv 32 8x8/4,
+    64 4x4/2, 64 3x3/1 (Mnih et al. 2015); impala: the residual one of Espeholt et al. 2018 (arXiv:1802.01561)."""
+
+    width: int = 1
+    """impala: its 16, 32 and 32 channels times this."""
+
+    adaptive_pool: int | None = None
+    """Convolutional torsos: their output is max-pooled to so many rows and columns. None: off. Beyond the Rainbow: 6."""
+
+    spectral_norm: bool = False
+    """impala: the residual convolutions are divided by their largest singular value (Miyato et al. 2018, arXiv:1802.05957)."""
 
     hidden_sizes: tuple[int, ...] = (256,)
     """Units of each hidden fully connected layer (ReLU). 256 for dqn2013, 512 for nature."""
@@ -134,8 +143,58 @@ class NetworkConfig:
     layer_norm: bool = False
     """Layer normalization before every ReLU, over channels and positions on convolutions (Ba et al. 2016)."""
 
+    noisy_sigma: float | None = None
+    """sigma_0 of noisy fully connected layers (Fortunato et al. 2018, arXiv:1706.10295): 0.5 in Rainbow. None: plain layers.
+    Actors draw noise for every environment and step, the learner for every pass; evaluation uses none."""
+
+    distribution: Literal["expectation", "categorical", "quantile", "implicit_quantile"] = "expectation"
+    """What the heads give of the return: its expectation; categorical: logits of fixed atoms (C51, arXiv:1707.06887);
+    quantile: fixed quantiles (QR-DQN, arXiv:1710.10044); implicit_quantile: any quantile asked for (IQN, arXiv:1806.06923)."""
+
+    num_atoms: int = 51
+    """categorical: atoms, evenly spaced from value_min to value_max."""
+
+    value_min: float = -10.0
+    """categorical: the least return."""
+
+    value_max: float = 10.0
+    """categorical: the greatest return."""
+
+    num_quantiles: int = 200
+    """quantile: how many, at the midpoints of as many equal parts of [0, 1]."""
+
+    num_policy_quantiles: int = 32
+    """implicit_quantile: quantiles, at midpoints, whose mean is an action's value when acting; the paper samples 32."""
+
+    num_cosines: int = 64
+    """implicit_quantile: cosines that embed a quantile."""
+
+    value_rescaling: bool = False
+    """expectation: the network learns h(return), h(x) = sign(x) (sqrt(abs(x) + 1) - 1) + 0.001 x (Pohlen et al. 2018,
+    arXiv:1805.11593), so that rewards need no clipping."""
+
     def __post_init__(self) -> None:
         _require(all(n > 0 for n in self.hidden_sizes), f"network.hidden_sizes must be positive, got {self.hidden_sizes}")
+        _require_positive("network", self, "width", "adaptive_pool", "noisy_sigma", "num_quantiles")
+        _require_positive("network", self, "num_policy_quantiles", "num_cosines")
+        _require(self.num_atoms > 1, f"network.num_atoms must be at least 2, got {self.num_atoms}")
+        _require(
+            self.value_min < self.value_max,
+            f"network.value_min {self.value_min} must be less than network.value_max {self.value_max}",
+        )
+        for name, needed in (("width", 1), ("spectral_norm", False)):
+            _require(
+                self.torso == "impala" or getattr(self, name) == needed,
+                f"network.{name} is of the impala torso: set --network.torso impala, or leave it out",
+            )
+        _require(
+            self.torso != "mlp" or self.adaptive_pool is None,
+            "network.adaptive_pool is of convolutional torsos: leave it out with --network.torso mlp",
+        )
+        _require(
+            self.distribution == "expectation" or not self.value_rescaling,
+            f"network.value_rescaling is of expectations: leave it out with --network.distribution {self.distribution}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,11 +320,29 @@ MAX_PREFETCH_THREADS = 4  # Of a learner: unpacking is soon bound by memory.
 class LearnerConfig:
     """The learner."""
 
-    algorithm: Literal["q_learning", "double_q_learning"] = "double_q_learning"
-    """q_learning: Mnih et al. 2015; double_q_learning: van Hasselt et al. 2016 (arXiv:1509.06461)."""
+    algorithm: Literal["q_learning", "double_q_learning", "munchausen_q_learning"] = "double_q_learning"
+    """How the target values the destination. q_learning: Mnih et al. 2015; double_q_learning: van Hasselt et al. 2016
+    (arXiv:1509.06461); munchausen_q_learning: Vieillard et al. 2020 (arXiv:2007.14430), for expectations and quantiles.
+    network.distribution says of what: expectation, atoms or quantiles."""
 
     loss: Literal["huber", "mse"] = "huber"
-    """huber: quadratic within |td_error| <= 1, linear outside; mse: half the squared error."""
+    """expectation: huber: quadratic within |td_error| <= 1, linear outside; mse: half the squared error. Quantiles always
+    take huber, atoms their cross-entropy."""
+
+    munchausen_coefficient: float = 0.9
+    """munchausen_q_learning: alpha, the part of the clipped log-policy that is added to the reward."""
+
+    entropy_temperature: float = 0.03
+    """munchausen_q_learning: tau, of the softmax policy."""
+
+    munchausen_clip: float = -1.0
+    """munchausen_q_learning: the least that tau * log-policy counts for."""
+
+    num_quantile_samples: int = 64
+    """implicit_quantile: quantiles drawn for each prediction (N of the paper)."""
+
+    num_target_quantile_samples: int = 64
+    """implicit_quantile: quantiles drawn for each target (N' of the paper)."""
 
     batch_size: int = 32
     """Transitions per update, over all shards."""
@@ -315,15 +392,32 @@ class LearnerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""
 
+    num_devices: int = 1
+    """Learner workers, one for each GPU (or, on CPUs, process), that share every batch and average their gradients."""
+
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the network's matrix products; parameters and losses stay fp32. auto: bf16 for convolutional torsos where the
     device has bf16 instructions, else fp32."""
+
+    memory_format: Literal["auto", "contiguous", "channels_last", "space_to_depth"] = "auto"
+    """Of convolutional torsos. space_to_depth: channels last, and the first convolution reads 4x4 blocks of pixels as channels,
+    with the same parameters. auto: what docs/benchmarks.md found best for the device."""
+
+    compilation: Literal["auto", "off", "compile", "cuda_graph"] = "auto"
+    """Of the update. compile: torch.compile; cuda_graph: the whole update is recorded once and replayed. auto: cuda_graph on a
+    GPU, else off."""
+
+    publish_precision: Literal["fp32", "bf16"] = "fp32"
+    """Of published parameters: bf16 takes half the bytes on the network; actors and evaluator then act with rounded ones."""
 
     def __post_init__(self) -> None:
         _require_positive("learner", self, "batch_size", "learning_rate", "optimizer_epsilon", "max_grad_norm")
         _require_positive("learner", self, "target_period_updates", "prefetch_batches", "publish_period_updates")
         _require_positive("learner", self, "checkpoint_period_seconds", "checkpoints_kept", "num_threads", "priority_floor")
-        _require_fraction("learner", self, "importance_exponent", "target_soft_rate", "rmsprop_decay")
+        _require_positive("learner", self, "entropy_temperature", "num_quantile_samples", "num_target_quantile_samples")
+        _require_positive("learner", self, "num_devices")
+        _require_fraction("learner", self, "importance_exponent", "target_soft_rate", "rmsprop_decay", "munchausen_coefficient")
+        _require(self.munchausen_clip <= 0, f"learner.munchausen_clip must not be positive, got {self.munchausen_clip}")
         _require(
             (self.target_period_updates is None) != (self.target_soft_rate is None),
             "set exactly one of learner.target_period_updates (hard copies) and learner.target_soft_rate (soft updates)",
@@ -403,6 +497,23 @@ class RunConfig:
         _require(
             self.learner.batch_size >= self.replay.num_shards,
             f"learner.batch_size {self.learner.batch_size} is less than replay.num_shards {self.replay.num_shards}",
+        )
+        _require(
+            self.learner.num_devices <= self.replay.num_shards,
+            f"learner.num_devices {self.learner.num_devices} needs as many shards, each its own: raise --replay.num-shards",
+        )
+        _require(
+            not self.serial or self.learner.num_devices == 1,
+            "a serial run is one process: leave out --learner.num-devices, or --serial",
+        )
+        categorical = self.network.distribution == "categorical"
+        _require(
+            not (categorical and self.learner.algorithm == "munchausen_q_learning"),
+            "learner.algorithm munchausen_q_learning is for expectations and quantiles, not for network.distribution categorical",
+        )
+        _require(
+            not (self.network.value_rescaling and self.learner.algorithm == "munchausen_q_learning"),
+            "network.value_rescaling and learner.algorithm munchausen_q_learning cannot be combined: their targets differ",
         )
         _require(
             self.network.torso == "mlp" or self.env.is_atari,
