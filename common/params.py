@@ -1,4 +1,8 @@
-"""Network parameters as one flat array: how they travel and how they are told apart."""
+"""Network parameters as one flat array: how they travel and how they are told apart.
+
+Parameters are here all that a network's `state_dict` holds: with those that are learned the buffers that its forward pass
+needs (the singular vectors of a spectral norm), so that whoever loads a snapshot computes what the learner's network does.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,25 @@ import hashlib
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.errors import WireError
 from common.messages import Array, ParamsSnapshot
 
 
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Returns the parameters by name, as views: to write on them is to write on the network."""
+    return network.state_dict()
+
+
 def layout(network: nn.Module) -> str:
     """Returns names and shapes of all parameters, in order: what both ends of a snapshot must agree on."""
-    return ";".join(f"{name}{tuple(p.shape)}" for name, p in network.named_parameters())
+    return ";".join(f"{name}{tuple(p.shape)}" for name, p in _tensors(network).items())
 
 
 def flatten(network: nn.Module) -> Array:
     """Returns f32[N], a copy of all parameters in the order of `layout`."""
-    with torch.no_grad():
-        flat = torch.cat([parameter.reshape(-1) for parameter in network.parameters()])
+    flat = torch.cat([parameter.reshape(-1) for parameter in _tensors(network).values()])
     return np.asarray(flat.float().cpu().numpy())
 
 
@@ -32,14 +40,14 @@ def load(network: nn.Module, snapshot: ParamsSnapshot) -> None:
     """
     if snapshot.layout != layout(network):
         raise WireError("layout: the parameters are those of another network")
-    if len(snapshot.params) != sum(p.numel() for p in network.parameters()):
+    if len(snapshot.params) != sum(p.numel() for p in _tensors(network).values()):
         raise WireError(f"params: {len(snapshot.params)} numbers do not fill the layout")
     if not np.isfinite(snapshot.params).all():
         raise WireError("params: hold NaN or infinity")
     flat = torch.from_numpy(snapshot.params.copy())
     with torch.no_grad():
         start = 0
-        for parameter in network.parameters():
+        for parameter in _tensors(network).values():
             parameter.copy_(flat[start : start + parameter.numel()].view(parameter.shape))
             start += parameter.numel()
 
