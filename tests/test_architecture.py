@@ -23,7 +23,7 @@ OTHERS = {
     "learner": {"numpy", "torch", "safetensors", "msgpack", "lz4", "numba", "llvmlite"},
     "deploy": {"numpy", "torch", "gymnasium", "ale_py", "ray", "tyro", "rich", "tensorboard", "matplotlib", "psutil", "av"},
 }
-TORCH_IN_COMMON = {"networks.py", "params.py"}
+TORCH_IN_COMMON = {"networks.py", "params.py", "value_rescaling.py"}
 
 
 def imported_roots(path):
