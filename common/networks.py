@@ -1,6 +1,6 @@
 """Q-networks: a torso, hidden layers and a head, composed by configuration.
 
-Observations come as they are stored (uint8 pixels are scaled to [0, 1] inside), outputs leave as float32. Nothing in here
+Observations come as they are stored (uint8 pixels are scaled to [0, 1] inside, by the first layer), outputs leave as float32. Nothing in here
 is random: noise and quantiles are arguments.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from common.config import EnvSpec, NetworkConfig
 from common.layers import CosineEmbedding, Head, SpectralConv2d, draw_noise, make_head, make_torso
@@ -51,7 +52,9 @@ class QNetwork(nn.Module):
             layer_norm=config.layer_norm,
             spectral_norm=config.spectral_norm,
             adaptive_pool=config.adaptive_pool,
+            scale=self._scale,
         )
+        self._first_stride = int(self.torso[0].stride[0]) if len(self.torso) else 1  # type: ignore[index]
         self.dueling, self.value_rescaling = config.dueling, config.value_rescaling
         self._kind, num_actions = config.distribution, spec.num_actions
         # What each action's values are, and where the actions are among the dimensions of an output.
@@ -76,15 +79,32 @@ class QNetwork(nn.Module):
         taus = ((torch.arange(num_taus) + 0.5) / num_taus)[None] if num_taus else None
         self.register_buffer("taus", taus, persistent=False)
 
-    def prepare(self, observations: Tensor, dtype: torch.dtype) -> Tensor:
-        """Scales and converts: what of `forward` needs no parameters, so that another thread can do it.
+    @property
+    def is_convolutional(self) -> bool:
+        return len(self.torso) > 0
+
+    @property
+    def takes_blocks(self) -> bool:
+        """Whether `prepare` can make blocks for the first convolution."""
+        return self._first_stride > 1
+
+    @property
+    def takes_taus(self) -> bool:
+        """Whether `distribution` needs to be told which quantiles to give."""
+        return self.embedding is not None
+
+    def prepare(self, observations: Tensor, dtype: torch.dtype, *, in_blocks: bool = False) -> Tensor:
+        """Converts: what of `forward` needs no parameters, so that another thread can do it.
 
         Args:
           observations: u8 or f32 [B, K, *plane_shape].
           dtype: what the first layer computes in.
+          in_blocks: as space-to-depth: [B, K * stride * stride, H / stride, W / stride] of the first convolution's stride.
         """
-        scaled = observations.to(dtype)
-        return scaled if self._scale == 1.0 else scaled * self._scale
+        if in_blocks:
+            observations = functional.pixel_unshuffle(observations, self._first_stride)
+        converted = observations.to(dtype)
+        return converted if self.is_convolutional or self._scale == 1.0 else converted * self._scale
 
     def draw_noise(self, num_rows: int, generator: torch.Generator) -> Tensor:
         """Returns f32[R, num_noise], one argument `noise`, on the generator's device.

@@ -15,7 +15,7 @@ def priority(td_error: Array, *, floor: float) -> Array:
     return np.abs(td_error.astype(np.float64)) + floor
 
 
-def importance_weights(probability: Array, draw_probability: Array, num_items: int, *, exponent: float) -> Array:
+def importance_weights(probability: Array, draw_probability: Array, num_items: int, *, exponent: float) -> tuple[Array, float]:
     """Corrects for drawing items with unequal probability, and for drawing them from several shards.
 
         importance_weight = (1 / (num_items * probability)) ** exponent * probability / draw_probability
@@ -31,8 +31,9 @@ def importance_weights(probability: Array, draw_probability: Array, num_items: i
       exponent: beta, 0 no correction, 1 full correction.
 
     Returns:
-      f32[B] in [0, 1].
+      f32[B] in [0, 1], and the maximum that they were divided by.
     """
     # Not (num_items * probability) ** -exponent * probability, which is infinity * 0 for a shard of tiny priorities.
     correction = float(num_items) ** -exponent * probability ** (1 - exponent) / draw_probability
-    return np.asarray(correction / correction.max(), dtype=np.float32)
+    maximum = correction.max()
+    return np.asarray(correction / maximum, dtype=np.float32), float(maximum)

@@ -268,6 +268,7 @@ class Consumer:
         import torch
 
         from learner.batches import BatchSource, shares
+        from learner.inputs import Transfer
 
         self._shares = shares(flags.batch_size, len(readers))
         self._readers = [_TimedReader(reader) for reader in readers]
@@ -275,12 +276,11 @@ class Consumer:
         self._rng = np.random.default_rng(flags.seed)
         self._source = BatchSource(
             self._readers,
-            batch_size=flags.batch_size,
+            num_items=self._shares,
             importance_exponent=0.4,
             prefetch_batches=_PREFETCH_BATCHES,
             prefetch_threads=prefetch_threads(flags),
-            prepare=lambda observations: observations,
-            device=torch.device("cpu"),
+            transfer=Transfer(torch.device("cpu"), lambda stacks: stacks),
         )
 
     def start(self) -> None:

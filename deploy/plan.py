@@ -165,7 +165,7 @@ def print_plan(config: RunConfig) -> int:
 
     spec = probe(config.env)
     if config.learner.device == "cuda":
-        from learner.learner import pick_device
+        from learner.update import pick_device
 
         pick_device(config.learner.device)
     shares = shard_shares(config)

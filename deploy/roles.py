@@ -75,26 +75,42 @@ def make_learner(
     num_threads: int,
     readers: Sequence[ReplayReader],
     params: ParamsWriter,
+    rank: int = 0,
+    address: str | None = None,
 ) -> Learner:
-    """Makes the learner, from a checkpoint where one is named."""
+    """Makes the learner, or one rank of it, from a checkpoint where one is named.
+
+    Rank r of N draws from the shards r, r + N and so on, and waits here for the other ranks, at rank 0's `address`.
+    """
     limit_threads(num_threads)
     from common.networks import make_network
+    from learner.batches import shares
+    from learner.collective import LearnerGroup
     from learner.learner import Learner
+    from learner.update import pick_device
 
+    num_ranks = config.learner.num_devices
+    group = None
+    if address is not None:
+        device = pick_device(config.learner.device)
+        group = LearnerGroup(rank=rank, num_ranks=num_ranks, address=address, device=device)
     learner = Learner(
         config=config.learner,
         network=make_network(config.network, spec, config.seed),
-        uses_convolutions=config.network.torso != "mlp",
         is_prioritized=config.replay.priority_exponent > 0,
-        readers=readers,
+        readers=readers[rank::num_ranks],
+        num_items=shares(config.learner.batch_size, len(readers))[rank::num_ranks],
         params=params,
         run=run,
         epoch=epoch,
         run_dir=Path(run_dir),
+        seed=int(np.random.SeedSequence([config.seed, epoch, rank]).generate_state(1)[0]),
+        group=group,
     )
     if checkpoint is not None:
         learner.restore(Path(checkpoint))
-    learner.publish()
+    if rank == 0:
+        learner.publish()
     return learner
 
 

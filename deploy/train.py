@@ -34,7 +34,7 @@ def train(config: RunConfig, path: Path) -> int:
         plan_cpus(config, run_dirs.num_cpus())
     check_memory(config, spec)
     if config.learner.device == "cuda":
-        from learner.learner import pick_device
+        from learner.update import pick_device
 
         pick_device(config.learner.device)
     run_dir = run_dirs.open_run(config, path)

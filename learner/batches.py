@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from common.errors import WireError
 from common.messages import Array, PriorityUpdate, SampleBatch
 from common.priorities import importance_weights
 from common.protocols import ReplayReader
+from learner.inputs import Transfer
 from learner.unpack import unpack_stacks
 
 _SHORTEST_PAUSE_SECONDS = 0.002
@@ -42,11 +44,19 @@ class Batch:
     discount_t: Tensor
     """f32[B]."""
     importance_weight: Tensor
-    """f32[B] in (0, 1]."""
+    """f32[B] in (0, 1]: over their maximum in this batch."""
+    weight_scale: float
+    """That maximum, in a unit which all shards and ranks share: what makes weights of several batches comparable."""
     shares: tuple[tuple[int, int, Array], ...]
     """(shard index, shard epoch, item_id i64[...]) of each shard's part, in order."""
     mean_params_version: float
     """Of the parameters that acted."""
+    ready: torch.cuda.Event | None
+    """What a GPU's stream must wait for before it reads the tensors."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns those of its fields that are tensors, by name."""
+        return {name: value for name in self.__slots__ if isinstance(value := getattr(self, name), Tensor)}
 
 
 def shares(batch_size: int, num_shards: int) -> list[int]:
@@ -54,13 +64,7 @@ def shares(batch_size: int, num_shards: int) -> list[int]:
     return [batch_size // num_shards + (i < batch_size % num_shards) for i in range(num_shards)]
 
 
-def merge(
-    parts: Sequence[SampleBatch],
-    *,
-    importance_exponent: float,
-    prepare: Callable[[Tensor], Tensor],
-    device: torch.device,
-) -> Batch:
+def merge(parts: Sequence[SampleBatch], *, importance_exponent: float, transfer: Transfer) -> Batch:
     """Merges the shards' parts into one batch.
 
     An item of shard s is drawn with (share of the batch asked of s) * (its probability there), and one table of all items
@@ -72,32 +76,35 @@ def merge(
     probability = np.concatenate([part.probability * (part.priority_mass / mass) for part in parts])
     draw_probability = np.concatenate([part.probability * (len(part.item_id) / batch_size) for part in parts])
     num_items = sum(part.size for part in parts)
-    stacks = merge_stacks(parts)
-    s_tm1, s_t = (prepare(torch.from_numpy(half).to(device, non_blocking=True)) for half in stacks)
+    weights, maximum = importance_weights(probability, draw_probability, num_items, exponent=importance_exponent)
+    stacks = merge_stacks(parts, transfer.empty)
 
     def joined(name: str, dtype: type) -> Tensor:
-        return torch.from_numpy(np.concatenate([getattr(part, name) for part in parts]).astype(dtype)).to(device)
+        return transfer.scalars(np.concatenate([getattr(part, name) for part in parts]).astype(dtype))
 
-    return Batch(
-        s_tm1=s_tm1,
-        s_t=s_t,
-        a_tm1=joined("a_tm1", np.int64),
-        r_t=joined("r_t", np.float32),
-        discount_t=joined("discount_t", np.float32),
-        importance_weight=torch.from_numpy(
-            importance_weights(probability, draw_probability, num_items, exponent=importance_exponent)
-        ).to(device),
-        shares=tuple((part.shard_index, part.shard_epoch, part.item_id.copy()) for part in parts),
-        mean_params_version=float(np.mean(np.concatenate([part.params_version for part in parts]))),
-    )
+    with transfer.on_stream():
+        s_tm1, s_t = (transfer.observations(half) for half in stacks)
+        return Batch(
+            s_tm1=s_tm1,
+            s_t=s_t,
+            a_tm1=joined("a_tm1", np.int64),
+            r_t=joined("r_t", np.float32),
+            discount_t=joined("discount_t", np.float32),
+            importance_weight=transfer.scalars(weights),
+            # Without the items and the mass of these shards, and the number of draws: other ranks have others.
+            weight_scale=maximum * num_items**importance_exponent * mass ** (1 - importance_exponent) / batch_size,
+            shares=tuple((part.shard_index, part.shard_epoch, part.item_id.copy()) for part in parts),
+            mean_params_version=float(np.mean(np.concatenate([part.params_version for part in parts]))),
+            ready=transfer.ready(),
+        )
 
 
-def merge_stacks(parts: Sequence[SampleBatch]) -> Array:
-    """Returns [2, B, K, *plane_shape] of the planes' dtype: s_tm1 and s_t of all parts, in their order."""
+def merge_stacks(parts: Sequence[SampleBatch], empty: Callable[[tuple[int, ...], np.dtype[Any]], Array] = np.empty) -> Array:
+    """Returns [2, B, K, *plane_shape] of the planes' dtype, made by `empty`: s_tm1 and s_t of all parts, in their order."""
     one = parts[0]
     batch_size = sum(len(part.item_id) for part in parts)
     shape = (2, batch_size, one.s_tm1.shape[1], *one.plane_shape.tolist())
-    stacks = np.empty(shape, np.dtype(one.plane_dtype))
+    stacks = empty(shape, np.dtype(one.plane_dtype))
     first = 0
     for part in parts:
         unpack_stacks(part, stacks, first)
@@ -117,16 +124,16 @@ class BatchSource:
         self,
         readers: Sequence[ReplayReader],
         *,
-        batch_size: int,
+        num_items: Sequence[int],
         importance_exponent: float,
         prefetch_batches: int,
         prefetch_threads: int,
-        prepare: Callable[[Tensor], Tensor],
-        device: torch.device,
+        transfer: Transfer,
     ) -> None:
+        """`num_items` is how many each reader's shard is asked for."""
         self._readers = readers
-        self._shares = shares(batch_size, len(readers))
-        self._importance_exponent, self._prepare, self._device = importance_exponent, prepare, device
+        self._num_items = num_items
+        self._importance_exponent, self._transfer = importance_exponent, transfer
         self._prefetch_batches, self._prefetch_threads = prefetch_batches, prefetch_threads
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(prefetch_batches)
         self._stopping = threading.Event()
@@ -201,7 +208,7 @@ class BatchSource:
         if parts is None:
             return None
         try:
-            return merge(parts, importance_exponent=self._importance_exponent, prepare=self._prepare, device=self._device)
+            return merge(parts, importance_exponent=self._importance_exponent, transfer=self._transfer)
         except WireError as error:
             with self._collecting:
                 self._drop(f"a batch cannot be unpacked: {error}")
@@ -228,7 +235,7 @@ class BatchSource:
 
     def _collect(self, index: int, reader: ReplayReader, depth: int, timeout_seconds: float) -> None:
         while reader.num_requested() < depth:
-            reader.request(self._shares[index])
+            reader.request(self._num_items[index])
         reply = reader.collect(timeout_seconds)
         if reply is None:
             self.waits_for = f"the learner waits for shard {index} to answer"

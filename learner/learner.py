@@ -1,39 +1,52 @@
-"""The learner: draws batches, takes target-network TD steps, sends priorities back, publishes parameters, checkpoints."""
+"""The learner: draws batches, learns from them, sends priorities back, publishes parameters, writes checkpoints."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from common import params as params_module
 from common import wire
 from common.config import MAX_PREFETCH_THREADS, LearnerConfig
-from common.errors import CheckpointError, NonFiniteError, UserError
+from common.errors import CheckpointError, NonFiniteError
 from common.messages import Array, ParamsSnapshot
 from common.metrics import LearnerStats
 from common.networks import QNetwork
 from common.priorities import priority
 from common.protocols import ParamsWriter, ReplayReader
 from learner import checkpoint as checkpoints
-from learner import losses
 from learner.batches import Batch, BatchSource
+from learner.collective import LearnerGroup
+from learner.update import Update, pick_device
+
+
+class _Report(NamedTuple):
+    """What an update will have told once the device is so far."""
+
+    batch: Batch
+    values: Tensor
+    """f32[B + 3] on the host: TD errors, mean loss, mean value, norm of the gradient."""
+    event: torch.cuda.Event | None
+    """After which `values` can be read; None: at once."""
 
 
 class Learner:
-    """Owns the online and target networks and the optimizer.
+    """Draws batches, has `Update` learn from them, sends priorities back, publishes and writes checkpoints.
 
     `step()` takes one batch and does one update, or returns False where there is no batch; `run(seconds)` loops. Called from
     one thread; the prefetch threads that `start()` begins are the batch source's, and share only its queue and fault counters.
     Parameters are published at version 0, then every `publish_period_updates`.
+
+    Nothing waits for a GPU on the way: what an update tells (TD errors, loss) is read after the next one has been launched. On a
+    CPU it is read at once. With a group, every rank is a Learner with shards of its own; only rank 0 publishes and saves.
     """
 
     def __init__(
@@ -41,34 +54,34 @@ class Learner:
         *,
         config: LearnerConfig,
         network: QNetwork,
-        uses_convolutions: bool,
         is_prioritized: bool,
         readers: Sequence[ReplayReader],
+        num_items: Sequence[int],
         params: ParamsWriter,
         run: str,
         epoch: int,
         run_dir: Path,
+        seed: int,
+        group: LearnerGroup | None = None,
     ) -> None:
-        self._config = config
-        self._device = pick_device(config.device)
-        self._compute_dtype = pick_precision(config.precision, self._device, uses_convolutions=uses_convolutions)
-        self._online = network.to(self._device)
-        if uses_convolutions:
-            self._online = self._online.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._target = copy.deepcopy(self._online).requires_grad_(False)
-        self._optimizer = make_optimizer(config, self._online)
-        self._td_loss: Callable[[Tensor], Tensor] = losses.huber if config.loss == "huber" else losses.mse
+        """`num_items` is how many each reader's shard is asked for: this rank's part of `config.batch_size`."""
+        self._config, self._group = config, group
+        device = pick_device(config.device)
+        self._update = Update(config=config, network=network, device=device, seed=seed, group=group)
+        self._online, self._target, self._optimizer = self._update.online, self._update.target, self._update.optimizer
         self._is_prioritized = is_prioritized
         self._params, self._run, self._epoch, self._run_dir = params, run, epoch, run_dir
         self._source = BatchSource(
             readers,
-            batch_size=config.batch_size,
+            num_items=num_items,
             importance_exponent=config.importance_exponent,
             prefetch_batches=config.prefetch_batches,
             prefetch_threads=min(torch.get_num_threads(), MAX_PREFETCH_THREADS),
-            prepare=lambda observations: self._online.prepare(observations, self._compute_dtype),
-            device=self._device,
+            transfer=self._update.transfer,
         )
+        self._batch: Batch | None = None  # Fetched, and not learned from yet: another rank had none.
+        self._reports: deque[_Report] = deque()
+        self._num_late = 1 if device.type == "cuda" else 0
         self._stats = LearnerStats(
             updates=0,
             samples=0,
@@ -96,9 +109,12 @@ class Learner:
 
     def close(self) -> None:
         self._source.close()
+        if self._group is not None:
+            self._group.close()
 
     def publish(self) -> None:
         """Publishes the online parameters as version `updates`."""
+        self._settle()
         snapshot = ParamsSnapshot(
             run=self._run,
             epoch=self._epoch,
@@ -110,43 +126,48 @@ class Learner:
         self._stats.published_version = self._stats.updates
 
     def run(self, seconds: float, max_updates: int | None) -> LearnerStats:
-        """Updates for about so many seconds, or until there are `max_updates` in all; returns the statistics."""
+        """Updates for about so many seconds, or until there are `max_updates` in all; returns the statistics.
+
+        All ranks of a group leave it after the same update: as soon as one of them wants to.
+        """
         deadline = time.monotonic() + seconds
-        while (rest := deadline - time.monotonic()) > 0 and (max_updates is None or self._stats.updates < max_updates):
-            self.step(min(rest, 0.5))
+        while True:
+            rest = deadline - time.monotonic()
+            wants = rest > 0 and (max_updates is None or self._stats.updates < max_updates)
+            batch = self._fetch(min(rest, 0.5)) if wants else None
+            if self._group is None:
+                if not wants:
+                    break
+                weight_scale = batch.weight_scale if batch is not None else None
+            else:
+                started = time.monotonic()
+                goes_on, weight_scale = self._group.agree(wants, batch.weight_scale if batch is not None else None)
+                self._stats.waiting_seconds += time.monotonic() - started
+                if not goes_on:
+                    break
+                if weight_scale is None and batch is not None:
+                    self._stats.waits_for = "the learner waits for a batch of another rank"
+            if batch is not None and weight_scale is not None:
+                self._learn(batch, weight_scale)
         return self.stats()
 
     def step(self, timeout_seconds: float = 0.0) -> bool:
-        """Does one update; returns whether there was a batch for it.
+        """Does one update; returns whether there was a batch for it. Without a group.
 
         Raises:
-          NonFiniteError: for a loss or gradient that is NaN or infinite. The batch is saved in the run directory; no parameter was
-            changed by it, and the last checkpoint stays the last.
+          NonFiniteError: for a loss or gradient that is NaN or infinite. The batch is saved in the run directory, and nothing
+            that came of it leaves the learner: no parameters, priorities or checkpoint. On a CPU no parameter was changed by it either.
         """
-        stats, started = self._stats, time.monotonic()
-        batch = self._source.next_batch(timeout_seconds)
+        batch = self._fetch(timeout_seconds)
         if batch is None:
-            stats.waits_for = self._source.waits_for
-            stats.waiting_seconds += time.monotonic() - started
             return False
-        fetched = time.monotonic()
-        stats.waits_for = None
-        stats.waiting_seconds += fetched - started
-        td_error = self._update(batch)
-        if self._is_prioritized:
-            self._source.update_priorities(batch, priority(td_error.cpu().numpy(), floor=self._config.priority_floor))
-        stats.updates += 1
-        stats.samples += len(batch.a_tm1)
-        stats.params_lag_updates = stats.updates - batch.mean_params_version
-        self._update_target()
-        if stats.updates % self._config.publish_period_updates == 0:
-            self.publish()
-        stats.busy_seconds += time.monotonic() - fetched
+        self._learn(batch, batch.weight_scale)
         return True
 
     def stats(self) -> LearnerStats:
         """Returns the statistics; the mean loss is of the updates since the last call."""
         stats = self._stats
+        self._read_reports(0)
         stats.loss = float(np.mean(self._losses)) if self._losses else float("nan")
         self._losses.clear()
         stats.num_ready_batches = self._source.num_ready()
@@ -155,6 +176,7 @@ class Learner:
 
     def save(self, run_counters: dict[str, Any]) -> str:
         """Writes a checkpoint and returns its name. `run_counters` are the supervisor's, kept as they are."""
+        self._settle()
         for name, parameter in self._online.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise NonFiniteError(f"parameter {name} is not finite after update {self.updates}: no checkpoint is written")
@@ -190,75 +212,64 @@ class Learner:
         """Returns the digest of the online parameters."""
         return params_module.digest(self._online)
 
-    def _update(self, batch: Batch) -> Tensor:
-        """Takes one optimizer step; returns the TD errors f32[B]."""
-        double = self._config.algorithm == "double_q_learning"
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._compute_dtype == torch.bfloat16):
-            q_tm1 = self._online.values(batch.s_tm1)
-            with torch.no_grad():
-                q_t_value = self._target.values(batch.s_t)
-                q_t_selector = self._online.values(batch.s_t) if double else q_t_value
-        td_error = losses.double_q_learning(q_tm1, batch.a_tm1, batch.r_t, batch.discount_t, q_t_value, q_t_selector)
-        loss = (self._td_loss(td_error) * batch.importance_weight).mean()
-        loss_value = float(loss.detach())
-        if not np.isfinite(loss_value):
-            self._save_bad_batch(batch, f"the loss is {loss_value}")
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        limit = self._config.max_grad_norm
-        grad_norm = float(nn.utils.clip_grad_norm_(self._online.parameters(), limit if limit is not None else float("inf")))
-        if not np.isfinite(grad_norm):
-            self._save_bad_batch(batch, f"the gradient norm is {grad_norm}")
-        self._optimizer.step()
-        self._losses.append(loss_value)
-        self._stats.grad_norm = grad_norm
-        self._stats.mean_value = float(q_tm1.detach().gather(1, batch.a_tm1[:, None]).mean())
-        return td_error.detach()
+    def _fetch(self, timeout_seconds: float) -> Batch | None:
+        """Returns the batch that is at hand, or waits for one."""
+        stats, started = self._stats, time.monotonic()
+        if self._batch is None:
+            self._batch = self._source.next_batch(timeout_seconds)
+            stats.waits_for = self._source.waits_for if self._batch is None else None
+        if self._batch is None:
+            self._read_reports(0)  # The shards need not wait for priorities that are there.
+        stats.waiting_seconds += time.monotonic() - started
+        return self._batch
 
-    def _update_target(self) -> None:
-        config = self._config
-        with torch.no_grad():
-            if config.target_soft_rate is not None:
-                for target, online in zip(self._target.parameters(), self._online.parameters(), strict=True):
-                    target.lerp_(online, config.target_soft_rate)
-            elif self._stats.updates % (config.target_period_updates or 1) == 0:
-                self._target.load_state_dict(self._online.state_dict())
+    def _learn(self, batch: Batch, weight_scale: float) -> None:
+        """Does one update with the batch that was fetched."""
+        stats, started = self._stats, time.monotonic()
+        self._batch = None
+        results = self._update.gradients(batch, weight_scale)
+        self._reports.append(_Report(batch, *self._update.report(results)))
+        self._read_reports(self._num_late)
+        self._update.apply()
+        stats.updates += 1
+        stats.samples += self._config.batch_size
+        stats.params_lag_updates = stats.updates - batch.mean_params_version
+        self._update.update_target(stats.updates)
+        if stats.updates % self._config.publish_period_updates == 0 and self._is_first:
+            self.publish()
+        stats.busy_seconds += time.monotonic() - started
+
+    @property
+    def _is_first(self) -> bool:
+        return self._group is None or self._group.rank == 0
+
+    def _read_reports(self, num_left: int) -> None:
+        """Takes in what updates have told, but for the newest `num_left`; raises NonFiniteError."""
+        while len(self._reports) > num_left:
+            batch, values, event = self._reports.popleft()
+            if event is not None:
+                event.synchronize()
+            *td_error, loss, value, grad_norm = values.numpy()
+            if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+                what = f"the loss is {loss}" if not np.isfinite(loss) else f"the gradient norm is {grad_norm}"
+                self._save_bad_batch(batch, what)
+            self._losses.append(float(loss))
+            self._stats.mean_value, self._stats.grad_norm = float(value), float(grad_norm)
+            if self._is_prioritized:
+                priorities = priority(np.asarray(td_error), floor=self._config.priority_floor)
+                self._source.update_priorities(batch, priorities)
+
+    def _settle(self) -> None:
+        """Waits until all updates are done and found right: before parameters leave the learner."""
+        self._read_reports(0)
+        self._update.wait()
 
     def _save_bad_batch(self, batch: Batch, what: str) -> None:
         path = self._run_dir / f"bad_batch_{self._stats.updates:010d}.safetensors"
-        tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-        save_file({name: value.contiguous() for name, value in tensors.items() if isinstance(value, Tensor)}, path)
+        save_file({name: tensor.contiguous() for name, tensor in batch.tensors().items()}, path)
         raise NonFiniteError(
             f"{what} at update {self._stats.updates}; its batch is saved in {path}, and the last checkpoint is kept"
         )
-
-
-def pick_device(name: str) -> torch.device:
-    """Returns the device that a setting means; raises UserError where it asks for a GPU that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("learner.device cuda: PyTorch sees no GPU here; use --learner.device auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def pick_precision(name: str, device: torch.device, *, uses_convolutions: bool) -> torch.dtype:
-    """Returns what matrix products are computed in; see LearnerConfig.precision."""
-    if name == "auto":
-        has_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if uses_convolutions and has_bf16 else torch.float32
-    return torch.bfloat16 if name == "bf16" else torch.float32
-
-
-def make_optimizer(config: LearnerConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """Builds the optimizer that the configuration names."""
-    if config.optimizer == "adam":
-        return torch.optim.Adam(network.parameters(), lr=config.learning_rate, eps=config.optimizer_epsilon, fused=True)
-    return torch.optim.RMSprop(
-        network.parameters(),
-        lr=config.learning_rate,
-        alpha=config.rmsprop_decay,
-        eps=config.optimizer_epsilon,
-        centered=True,
-    )
 
 
 def _to_numpy(tensors: Mapping[str, Tensor]) -> dict[str, Array]:

@@ -132,7 +132,7 @@ def _fence(_context: Any) -> Any:
     return types.void(), generate
 
 
-def _compile(function: Any) -> Any:
+def compiled(function: Any) -> Any:
     """Compiles at the first call, and keeps the result beside this file or in the user's cache where one can be written to."""
     try:
         return numba.njit(nogil=True, cache=True)(function)
@@ -140,7 +140,7 @@ def _compile(function: Any) -> Any:
         return numba.njit(nogil=True)(function)
 
 
-@_compile
+@compiled
 def _unpack(
     decoder: int,
     data: Array,

@@ -19,22 +19,22 @@ def test_importance_weights_by_hand():
     """One shard: N * q = [1, 2, 0.5]: weights [1, 1/2, 2] ** beta over their maximum. Kills: beta on the maximum only; the
     minimum or the sum for the maximum; the sign of the exponent. (The number of items cancels: no test can see it.)"""
     probability = np.array([0.1, 0.2, 0.05])
-    full = importance_weights(probability, probability, 10, exponent=1.0)
+    full = importance_weights(probability, probability, 10, exponent=1.0)[0]
     assert full.dtype == np.float32
     np.testing.assert_allclose(full, np.array([1, 1 / 2, 2]) / 2, rtol=1e-6)
-    half = importance_weights(probability, probability, 10, exponent=0.5)
+    half = importance_weights(probability, probability, 10, exponent=0.5)[0]
     np.testing.assert_allclose(half, np.sqrt([1 / 2, 1 / 4, 1]), rtol=1e-6)
-    np.testing.assert_array_equal(importance_weights(probability, probability, 10, exponent=0.0), [1, 1, 1])
+    np.testing.assert_array_equal(importance_weights(probability, probability, 10, exponent=0.0)[0], [1, 1, 1])
 
 
 def test_importance_weights_of_equal_probabilities_are_one():
     probability = np.full(7, 1 / 13)
-    np.testing.assert_array_equal(importance_weights(probability, probability, 13, exponent=0.4), np.ones(7))
+    np.testing.assert_array_equal(importance_weights(probability, probability, 13, exponent=0.4)[0], np.ones(7))
 
 
 def test_importance_weights_survive_tiny_probabilities():
     probability = np.array([1e-30, 0.5])
-    weights = importance_weights(probability, probability, 2_000_000, exponent=1.0)
+    weights = importance_weights(probability, probability, 2_000_000, exponent=1.0)[0]
     np.testing.assert_allclose(weights, [1, 2e-30], rtol=1e-6)
 
 
@@ -49,7 +49,7 @@ def test_importance_weights_survive_tiny_probabilities():
 )  # fmt: skip
 def test_importance_weights_survive_a_shard_whose_priorities_are_tiny(tiny, exponent, expected):
     """The shard is asked for its share whatever its mass is: such an item is drawn, and has a weight."""
-    weights = importance_weights(np.array([tiny, 1.0]), np.array([0.5, 0.25]), 2, exponent=exponent)
+    weights = importance_weights(np.array([tiny, 1.0]), np.array([0.5, 0.25]), 2, exponent=exponent)[0]
     np.testing.assert_allclose(weights, expected, rtol=1e-6, atol=1e-45)
 
 
@@ -65,7 +65,7 @@ def test_importance_weights_of_two_shards_merged_by_hand():
     assert probability.sum() == draw_probability.sum() == 1
 
     def weights(exponent):
-        return importance_weights(probability, draw_probability, 5, exponent=exponent)
+        return importance_weights(probability, draw_probability, 5, exponent=exponent)[0]
 
     np.testing.assert_allclose(weights(0.0), [1, 1, 2 / 3, 2 / 3, 2 / 3], rtol=1e-6)
     by_hand = np.array([1 / (5 * p) for p in draw_probability])
@@ -86,7 +86,7 @@ def test_the_weighted_draw_is_that_of_one_table(seed, exponent):
     draw_probability, probability = (
         np.concatenate([factor[s] * part for s, part in enumerate(within)]) for factor in (share, part_of_mass)
     )
-    product = draw_probability * importance_weights(probability, draw_probability, 15, exponent=exponent)
+    product = draw_probability * importance_weights(probability, draw_probability, 15, exponent=exponent)[0]
     expected = probability * (15 * probability) ** -exponent
     np.testing.assert_allclose(product / product.sum(), expected / expected.sum(), rtol=1e-6)
     if exponent == 1:

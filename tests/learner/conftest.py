@@ -11,6 +11,7 @@ from common.config import EnvSpec, LearnerConfig, NetworkConfig
 from common.messages import ParamsSnapshot, PriorityUpdate, SampleBatch
 from common.networks import make_network
 from common.protocols import SampleReply
+from learner.batches import shares
 from learner.learner import Learner
 
 SPEC = EnvSpec((3,), "<f4", 1, 2)
@@ -87,13 +88,14 @@ def make_learner(tmp_path):
         learner = Learner(
             config=LearnerConfig(**settings),
             network=make_network(network, SPEC, seed),
-            uses_convolutions=False,
             is_prioritized=is_prioritized,
             readers=shards,
+            num_items=shares(settings["batch_size"], len(shards)),
             params=store,
             run="test",
             epoch=0,
             run_dir=tmp_path,
+            seed=seed,
         )
         return learner, shards, store
 

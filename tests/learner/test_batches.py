@@ -14,7 +14,8 @@ from common.config import EnvSpec
 from common.messages import SampleBatch
 from common.protocols import SampleReply
 from learner import batches
-from learner.batches import BatchSource
+from learner.batches import BatchSource, shares
+from learner.inputs import Transfer
 from replay_server.shard import ReplayShard
 
 SPEC = EnvSpec((6, 7), "|u1", 2, 4)
@@ -86,12 +87,11 @@ def make_readers(make_chunk):
 def make_source(readers, num_threads, batch_size=12):
     return BatchSource(
         readers,
-        batch_size=batch_size,
+        num_items=shares(batch_size, len(readers)),
         importance_exponent=0.4,
         prefetch_batches=3,
         prefetch_threads=num_threads,
-        prepare=lambda stacks: stacks,
-        device=torch.device("cpu"),
+        transfer=Transfer(torch.device("cpu"), lambda stacks: stacks),
     )
 
 

@@ -5,7 +5,7 @@ import torch
 from common import params as params_module
 from common.errors import CheckpointError, NonFiniteError
 from learner import checkpoint as checkpoints
-from learner.learner import make_optimizer, pick_device
+from learner.update import make_optimizer, pick_device
 
 
 def online(learner):
@@ -70,11 +70,13 @@ def test_gradient_norm_is_clipped(make_learner):
 
 def test_importance_weights_scale_the_gradient(make_learner, fake_shard):
     """Two shards of 100 and 300 items, four each: P = 1/2 * 1/100 and 1/2 * 1/300 over 400 items, beta 1."""
-    learner, *_ = make_learner([fake_shard(0, size=100), fake_shard(1, size=300)], importance_exponent=1.0)
+    shards = [fake_shard(0, size=100), fake_shard(1, size=300)]
+    learner, *_ = make_learner(shards, importance_exponent=1.0, priority_floor=1e-9)
     batch = learner._source.next_batch(0.0)
     raw = np.array([1 / (400 * 0.5 / 100)] * 4 + [1 / (400 * 0.5 / 300)] * 4)
     np.testing.assert_allclose(batch.importance_weight.numpy(), raw / raw.max(), rtol=1e-6)
-    td_error = learner._update(batch)
+    learner._learn(batch, batch.weight_scale)
+    td_error = torch.from_numpy(np.concatenate([shard.updates[0].priority for shard in shards]))
     expected = (0.5 * td_error.abs().clamp(max=1).square() + (td_error.abs() - 1).clamp(min=0)) * batch.importance_weight
     assert learner.stats().loss == pytest.approx(float(expected.mean()), rel=1e-5)
 
@@ -82,7 +84,8 @@ def test_importance_weights_scale_the_gradient(make_learner, fake_shard):
 def test_priorities_go_back_to_the_shard_and_item_they_came_from(make_learner, fake_shard):
     shards = [fake_shard(0), fake_shard(1)]
     learner, *_ = make_learner(shards, priority_floor=0.5)
-    td_error = learner._update(learner._source.next_batch(0.0)).numpy()
+    batch = learner._source.next_batch(0.0)
+    td_error = learner._update.gradients(batch, batch.weight_scale).td_error.numpy()
     learner, *_ = make_learner(shards, priority_floor=0.5)  # The same parameters again: the same TD errors.
     steps(learner, 1)
     for index, shard in enumerate(shards):
@@ -146,12 +149,41 @@ def test_a_nan_loss_stops_with_the_batch_saved_and_parameters_unchanged(make_lea
     learner.save({})
     before = online(learner)
     shard.r_t = np.full(8, 3e38)  # Finite on the wire; its square is not.
-    learner._td_loss = lambda td_error: td_error.square()
+    learner._update._objective._td_loss = lambda td_error: td_error.square()
     with pytest.raises(NonFiniteError, match="update 2"):
         learner.step()
     np.testing.assert_array_equal(online(learner), before)
     assert (tmp_path / "bad_batch_0000000002.safetensors").stat().st_size > 100
     assert [path.name for path in checkpoints.paths(tmp_path / "checkpoints")] == ["0000000002"]
+
+
+def test_late_reports_change_no_parameter_and_no_priority(make_learner):
+    """On a GPU an update's TD errors are read after the next one was launched; here the same order is asked of a CPU."""
+    direct, (at_once,), _ = make_learner()
+    late, (later,), _ = make_learner()
+    late._num_late = 1
+    steps(direct, 5)
+    steps(late, 5)
+    np.testing.assert_array_equal(online(direct), online(late))
+    assert (len(at_once.updates), len(later.updates)) == (5, 4)
+    late.stats()  # Reads what is left.
+    for mine, other in zip(at_once.updates, later.updates, strict=True):
+        np.testing.assert_array_equal(mine.priority, other.priority)
+
+
+@pytest.mark.parametrize("leave", ["step", "publish", "save", "stats"])
+def test_what_came_of_a_late_nan_never_leaves_the_learner(make_learner, tmp_path, leave):
+    learner, (shard,), store = make_learner(publish_period_updates=1_000)
+    learner._num_late = 1
+    steps(learner, 2)
+    shard.r_t = np.full(8, 3e38)
+    learner._update._objective._td_loss = lambda td_error: td_error.square()
+    steps(learner, 1)  # Nothing is known yet.
+    with pytest.raises(NonFiniteError, match="the loss is inf"):
+        learner.save({}) if leave == "save" else getattr(learner, leave)()
+    assert len(shard.updates) == 2 and store.published == []
+    assert checkpoints.paths(tmp_path / "checkpoints") == []
+    assert list(tmp_path.glob("bad_batch_*"))
 
 
 def test_parameters_that_are_not_finite_are_never_checkpointed(make_learner, tmp_path):
@@ -189,7 +221,7 @@ def test_a_restored_optimizer_has_the_settings_of_the_configuration(make_learner
 def test_a_gradient_that_is_not_finite_changes_no_parameter(make_learner, tmp_path):
     learner, *_ = make_learner()
     before = online(learner)
-    learner._td_loss = lambda td_error: (td_error - td_error.detach()).abs().sqrt()  # Zero, with an infinite slope.
+    learner._update._objective._td_loss = lambda td_error: (td_error - td_error.detach()).abs().sqrt()  # Zero, with an infinite slope.
     with pytest.raises(NonFiniteError, match="gradient norm"):
         learner.step()
     np.testing.assert_array_equal(online(learner), before)
@@ -222,4 +254,4 @@ def test_asking_for_a_gpu_that_is_not_there_says_what_to_do():
 
 def test_rmsprop_is_centred(make_learner):
     learner, *_ = make_learner(optimizer="rmsprop")
-    assert make_optimizer(learner._config, learner._online).param_groups[0]["centered"]
+    assert make_optimizer(learner._config, learner._online, torch.device("cpu")).param_groups[0]["centered"]

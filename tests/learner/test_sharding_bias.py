@@ -32,6 +32,7 @@ from common.config import EnvSpec
 from common.messages import SampleBatch
 from common.priorities import importance_weights
 from learner.batches import merge, shares
+from learner.inputs import Transfer
 from replay_server.shard import ReplayShard
 
 P_REJECT = 1e-6  # A correct learner fails once in a million seeds.
@@ -148,7 +149,7 @@ def places(parts, sharding):
 
 
 def merged(parts, exponent):
-    return merge(parts, importance_exponent=exponent, prepare=lambda stacks: stacks[:, 0], device=CPU)
+    return merge(parts, importance_exponent=exponent, transfer=Transfer(CPU, lambda stacks: stacks[:, 0]))
 
 
 # Weights of the merged batch: ours, and what one would write without a thought of sharding, or with half of one. Each gives
@@ -331,7 +332,7 @@ def test_normalization_by_the_maximum_is_biased_in_one_table_too():
     expected = np.zeros(3)
     for i in range(3):
         for j in range(3):
-            weights = importance_weights(probability[[i, j]], probability[[i, j]], 3, exponent=1.0)
+            weights = importance_weights(probability[[i, j]], probability[[i, j]], 3, exponent=1.0)[0]
             expected[[i]] += probability[i] * probability[j] * weights[0] / 2
             expected[[j]] += probability[i] * probability[j] * weights[1] / 2
     np.testing.assert_allclose(expected, [0.7 * (0.7 + 0.2 * 2 / 7 + 0.1 / 7), 0.2 * (0.9 + 0.1 / 2), 0.1], rtol=1e-6)

@@ -133,5 +133,5 @@ def test_the_loop_compiles_where_nothing_can_be_cached(monkeypatch):
         return njit(nogil=nogil)
 
     monkeypatch.setattr(numba, "njit", without_a_place)
-    assert unpack._compile(lambda x: x + 1)(2) == 3
+    assert unpack.compiled(lambda x: x + 1)(2) == 3
     assert caches == [True, False]
