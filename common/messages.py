@@ -27,9 +27,7 @@ MAX_PLANE_RANK = 4
 MAX_PLANES_PER_BLOCK = 64
 
 
-def array(
-    dtype: str, *dims: str, low: float | None = None, high: float | None = None, or_dtype: str | None = None
-) -> Any:
+def array(dtype: str, *dims: str, low: float | None = None, high: float | None = None, or_dtype: str | None = None) -> Any:
     """Declares an array field. `dims` are names that must agree over the message; floats must be finite.
 
     Where there is an `or_dtype`, an array of exactly that dtype travels as it is, and says so; any other becomes `dtype`.

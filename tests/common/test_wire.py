@@ -519,12 +519,13 @@ def test_an_array_of_another_dtype_is_refused_by_name(make_messages, dtype):
 
 def test_a_lie_about_which_of_two_dtypes_is_refused():
     """fp32 numbers announced as bf16 leave bytes over; bf16 ones announced as fp32 are too few."""
-    long = make_snapshot(params=np.ones(8, np.float32))
+    numbers, bits = (wire.pack(make_snapshot(params=np.ones(8, dtype))) for dtype in (np.float32, np.uint16))
+    as_numbers = repack(bits, edit=lambda header: header["arrays"]["params"].pop())
+    as_bits = repack(numbers, edit=lambda header: header["arrays"]["params"].append("<u2"))
     with pytest.raises(WireError, match=r"^params: ends at byte 32 of 16"):
-        bits = wire.pack(make_snapshot(params=np.ones(8, np.uint16)))
-        wire.unpack(repack(bits, edit=lambda header: header["arrays"]["params"].pop()), ParamsSnapshot)
+        wire.unpack(as_numbers, ParamsSnapshot)
     with pytest.raises(WireError, match=r"^header: 32 bytes of buffers, 16 of them described"):
-        wire.unpack(repack(wire.pack(long), edit=lambda header: header["arrays"]["params"].append("<u2")), ParamsSnapshot)
+        wire.unpack(as_bits, ParamsSnapshot)
 
 
 def test_a_chunk_of_nothing_is_refused(make_chunk):
