@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from dataclasses import replace
@@ -67,6 +68,8 @@ class Actor:
         self._num_packed = 0
         self._num_steps = 0
         self._returns: list[float] = []
+        self._published: float | None = None  # When the parameters in use were, on this process's monotonic clock.
+        self._age_seconds, self._num_aged_steps = 0.0, 0  # Sum over the steps since the last report, and how many.
         self._stats = ActorStats(
             slot=slot,
             incarnation=incarnation,
@@ -92,13 +95,18 @@ class Actor:
         return self._stats.env_steps
 
     def run(self, seconds: float) -> ActorStats:
-        """Steps for about so many seconds, pausing where replay asks for it; returns the statistics."""
+        """Steps for about so many seconds, pausing where replay asks for it; returns the statistics.
+
+        However slow the environments and however long the pause, it looks for newer parameters: its version tells that it can.
+        """
         deadline = time.monotonic() + seconds
         self._stats.waits_for = None
+        self._pull_params()
         while (rest := deadline - time.monotonic()) > 0:
-            if not self.send_waiting(min(rest, 0.5)):
-                continue
-            self.step()
+            if self.send_waiting(min(rest, 0.5)):
+                self.step()
+            else:
+                self._pull_params()
         return self.stats()
 
     def send_waiting(self, timeout_seconds: float) -> bool:
@@ -120,6 +128,9 @@ class Actor:
         """Acts once in every environment."""
         if self._num_steps % self._config.pull_period_steps == 0:
             self._pull_params()
+        if self._published is not None:
+            self._age_seconds += time.monotonic() - self._published
+            self._num_aged_steps += 1
         values = self._values(self._stacks)
         self._finish_pending(values)
         epsilon = self._epsilon()
@@ -155,9 +166,11 @@ class Actor:
         return self.stats()
 
     def stats(self) -> ActorStats:
-        """Returns the statistics; the returns in them are handed out once."""
+        """Returns the statistics; the returns in them are handed out once, and the age of the parameters is since the last call."""
         returns, self._returns = self._returns, []
-        return replace(self._stats, returns=returns, lost=self._replay.lost())
+        age = self._age_seconds / self._num_aged_steps if self._num_aged_steps else math.nan
+        self._age_seconds, self._num_aged_steps = 0.0, 0
+        return replace(self._stats, returns=returns, lost=self._replay.lost(), params_age_seconds=age)
 
     def _pull_params(self) -> None:
         message = self._params.poll(self._stats.params_epoch, self._stats.params_version)
@@ -166,6 +179,8 @@ class Actor:
         snapshot = wire.unpack(message, ParamsSnapshot)
         params_module.load(self._network, snapshot)
         self._stats.params_epoch, self._stats.params_version = snapshot.epoch, snapshot.version
+        age = self._params.age_seconds()
+        self._published = None if age is None else time.monotonic() - age
 
     def _values(self, stacks: Array) -> Array:
         with torch.inference_mode():

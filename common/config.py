@@ -262,7 +262,11 @@ class ActorsConfig:
     """Chunks that an actor has sent and no shard has answered yet; at that number it waits."""
 
     pull_period_steps: int = 50
-    """Vector steps between two looks for newer parameters; looking never blocks. Ape-X: 400 frames, 100 steps."""
+    """Vector steps between two looks for newer parameters; looking never blocks. Ape-X: 400 frames, 100 steps. A distributed
+    actor also looks once a second, and while it waits."""
+
+    params_alarm_seconds: float | None = 60.0
+    """After so long with the same parameters, while newer ones are published, an event names the actor. None: off."""
 
     env_threads: int = 1
     """Atari: emulator threads of each actor."""
@@ -271,6 +275,7 @@ class ActorsConfig:
         _require_positive("actors", self, "num_actors", "num_envs", "n_step", "chunk_transitions", "chunk_bytes")
         _require(self.chunk_bytes <= 100_000, f"actors.chunk_bytes must be at most 100000, got {self.chunk_bytes}")
         _require_positive("actors", self, "max_in_flight_chunks", "pull_period_steps", "env_threads", "reward_clip")
+        _require_positive("actors", self, "params_alarm_seconds")
         _require_fraction("actors", self, "discount")
 
 

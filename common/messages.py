@@ -27,9 +27,12 @@ MAX_PLANE_RANK = 4
 MAX_PLANES_PER_BLOCK = 64
 
 
-def array(dtype: str, *dims: str, low: float | None = None, high: float | None = None) -> Any:
-    """Declares an array field. `dims` are names that must agree over the message; floats must be finite."""
-    return dataclasses.field(metadata={"dtype": dtype, "dims": dims, "low": low, "high": high})
+def array(dtype: str, *dims: str, low: float | None = None, high: float | None = None, or_dtype: str | None = None) -> Any:
+    """Declares an array field. `dims` are names that must agree over the message; floats must be finite.
+
+    Where there is an `or_dtype`, an array of exactly that dtype travels as it is, and says so; any other becomes `dtype`.
+    """
+    return dataclasses.field(metadata={"dtype": dtype, "or_dtype": or_dtype, "dims": dims, "low": low, "high": high})
 
 
 def scalar(kind: type, low: float | None = None, high: float | None = None) -> Any:
@@ -187,10 +190,15 @@ class ParamsSnapshot:
     version: int = scalar(int, low=0)
     layout: str = scalar(str)
     """Names and shapes in order, as `common.params.layout` writes them: both ends must agree on it."""
-    params: Array = array("<f4", "N")
+    params: Array = array("<f4", "N", or_dtype="<u2")
+    """fp32, or the bits of bf16: the upper half of an fp32 number."""
 
     def check_valid(self) -> None:
-        pass
+        """Raises WireError where a parameter is not finite."""
+        exponent = np.uint16(0x7F80)  # All of its bits are set in infinities and NaNs.
+        bits = self.params.dtype == np.uint16
+        if ((self.params & exponent) == exponent).any() if bits else not np.isfinite(self.params).all():
+            raise WireError("params: holds NaN or infinity")
 
 
 Message = TransitionChunk | SampleBatch | PriorityUpdate | ParamsSnapshot

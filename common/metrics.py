@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,6 +25,8 @@ class ActorStats:
     params_version: int
     epsilon: float
     """Mean over the actor's environments."""
+    params_age_seconds: float = math.nan
+    """From the publication of the parameters to their use, mean over the steps since the last report; NaN where there were none."""
     returns: list[float] = field(default_factory=list)
     """Raw returns of episodes that ended."""
     waits_for: str | None = None

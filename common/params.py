@@ -26,14 +26,18 @@ def layout(network: nn.Module) -> str:
     return ";".join(f"{name}{tuple(p.shape)}" for name, p in _tensors(network).items())
 
 
-def flatten(network: nn.Module) -> Array:
-    """Returns f32[N], a copy of all parameters in the order of `layout`."""
-    flat = torch.cat([parameter.reshape(-1) for parameter in _tensors(network).values()])
-    return np.asarray(flat.float().cpu().numpy())
+def flatten(network: nn.Module, *, bf16: bool = False) -> Array:
+    """Returns a copy of all parameters in the order of `layout`.
+
+    Returns:
+      f32[N]; or u16[N], the bits of bf16 numbers, rounded to the nearest, ties to even.
+    """
+    flat = torch.cat([parameter.reshape(-1) for parameter in _tensors(network).values()]).float()
+    return np.asarray((flat.bfloat16().view(torch.uint16) if bf16 else flat).cpu().numpy())
 
 
 def load(network: nn.Module, snapshot: ParamsSnapshot) -> None:
-    """Writes a snapshot into the network.
+    """Writes a snapshot, fp32 or bf16, into the network.
 
     Raises:
       WireError: where the snapshot is of another network or holds a number that is not finite; nothing is written then.
@@ -42,9 +46,10 @@ def load(network: nn.Module, snapshot: ParamsSnapshot) -> None:
         raise WireError("layout: the parameters are those of another network")
     if len(snapshot.params) != sum(p.numel() for p in _tensors(network).values()):
         raise WireError(f"params: {len(snapshot.params)} numbers do not fill the layout")
-    if not np.isfinite(snapshot.params).all():
-        raise WireError("params: hold NaN or infinity")
-    flat = torch.from_numpy(snapshot.params.copy())
+    snapshot.check_valid()
+    bits = snapshot.params.dtype == np.uint16
+    wide = (snapshot.params.astype(np.uint32) << 16).view(np.float32) if bits else snapshot.params.copy()
+    flat = torch.from_numpy(wide)
     with torch.no_grad():
         start = 0
         for parameter in _tensors(network).values():

@@ -82,6 +82,9 @@ class ParamsReader(Protocol):
     def fetch(self, epoch: int, version: int, timeout_seconds: float) -> Array | None:
         """Asks now and waits for the answer: a ParamsSnapshot newer than (epoch, version), or None."""
 
+    def age_seconds(self) -> float | None:
+        """Returns how long ago the snapshot that was last returned came to the store; None before the first."""
+
 
 class ParamsWriter(Protocol):
     """The learner's way to the params store."""

@@ -2,7 +2,8 @@
 
     magic 4s | format version u16 | kind u16 | header bytes u64 | xxh3 u64 | msgpack header | buffers, 8-byte aligned
 
-The header is `{"scalars": {name: value}, "arrays": {name: [shape, offset]}}`; dtypes are not sent, they are the message's.
+The header is `{"scalars": {name: value}, "arrays": {name: [shape, offset]}}`; dtypes are not sent, they are the message's. Only
+where a field may have either of two dtypes and has the second, its entry is `[shape, offset, dtype]`.
 The same bytes go through Ray (as one uint8 array), into the durable log and onto disk. Nothing is ever unpickled.
 """
 
@@ -51,15 +52,17 @@ def pack(message: Message, *, blocks: Sequence[memoryview] | None = None) -> Arr
             continue
         if blocks is not None and field.name == "plane_data":
             num_bytes = sum(map(len, blocks))
-            shape = [num_bytes]
+            shapes[field.name] = [[num_bytes], end]
             buffers.extend(blocks)
         else:
-            data = np.ascontiguousarray(value, dtype=field.metadata["dtype"])
-            num_bytes, shape = data.nbytes, list(data.shape)
+            other = field.metadata["or_dtype"]
+            is_other = other is not None and value.dtype == other
+            data = np.ascontiguousarray(value, dtype=other if is_other else field.metadata["dtype"])
+            num_bytes = data.nbytes
+            shapes[field.name] = [list(data.shape), end, other] if is_other else [list(data.shape), end]
             buffers.append(data.reshape(-1).view(np.uint8).data)
         padding = -num_bytes % _ALIGNMENT
         buffers.append(bytes(padding))
-        shapes[field.name] = [shape, end]
         end += num_bytes + padding
     header = msgpack.packb({"scalars": scalars, "arrays": shapes})
     padding = _buffers_start(len(header)) - _PREFIX.size - len(header)
@@ -94,6 +97,8 @@ def unpack(data: Array, cls: type[M]) -> M:
     unknown = (set(header["scalars"]) | set(header["arrays"])) - set(values)
     if unknown:
         raise WireError(f"header: unknown field {sorted(map(str, unknown))[0]!r}")
+    if end != len(buffer) - start:
+        raise WireError(f"header: {len(buffer) - start} bytes of buffers, {end} of them described")
     message = cls(**values)
     message.check_valid()
     return message
@@ -150,10 +155,11 @@ def _read_scalar(name: str, metadata: Any, scalars: dict[str, Any]) -> Any:
 def _read_array(
     name: str, metadata: Any, arrays: dict[str, Any], buffers: memoryview, dims: dict[str, int], expected: int
 ) -> Array:
-    entry = arrays.get(name)
-    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list)):
+    entry, other = arrays.get(name), metadata["or_dtype"]
+    is_other = isinstance(entry, list) and other is not None and entry[2:] == [other]
+    if not (isinstance(entry, list) and len(entry) == 2 + is_other and isinstance(entry[0], list)):
         raise WireError(f"{name}: missing")
-    shape, offset = entry
+    shape, offset = entry[:2]
     if not all(type(n) is int and 0 <= n < 1 << 40 for n in [*shape, offset]) or offset % _ALIGNMENT:
         raise WireError(f"{name}: its shape or offset is not valid")
     if len(shape) != len(metadata["dims"]):
@@ -163,7 +169,7 @@ def _read_array(
             raise WireError(f"{name}: dimension {dim} is {length}, elsewhere {dims[dim]}")
     if offset != expected:
         raise WireError(f"{name}: offset {offset}, expected {expected}")
-    dtype = np.dtype(metadata["dtype"])
+    dtype = np.dtype(other if is_other else metadata["dtype"])
     count = 1
     for length in shape:
         count *= length

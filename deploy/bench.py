@@ -189,6 +189,9 @@ class _NoParams:
     def fetch(self, epoch: int, version: int, timeout_seconds: float) -> Array | None:
         return None
 
+    def age_seconds(self) -> float | None:
+        return None
+
 
 class _ZeroNetwork:
     """Values all actions alike: priorities are then the rewards and the floor."""

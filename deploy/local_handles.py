@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 from common.messages import Array
@@ -58,12 +59,19 @@ class LocalParams:
 
     def __init__(self, store: ParamsStore) -> None:
         self._store = store
+        self._published: float | None = None
 
     def publish(self, message: Array) -> None:
         self._store.publish(message)
 
     def poll(self, epoch: int, version: int) -> Array | None:
-        return self._store.latest(epoch, version)
+        message = self._store.latest(epoch, version)
+        if message is not None:
+            self._published = time.monotonic() - self._store.age_seconds()
+        return message
 
     def fetch(self, epoch: int, version: int, timeout_seconds: float) -> Array | None:
-        return self._store.latest(epoch, version)
+        return self.poll(epoch, version)
+
+    def age_seconds(self) -> float | None:
+        return None if self._published is None else time.monotonic() - self._published

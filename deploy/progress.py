@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from common.config import RunConfig
 from common.metrics import ActorStats, EvaluationResult, LearnerStats, ShardStats
 from deploy.ledger import Ledger
+from deploy.params_watch import ParamsWatch
 
 _RECENT_EPISODES = 20
 
@@ -41,6 +42,9 @@ class Progress:
         self.started = time.monotonic()
         self.ledger = Ledger()
         self.actors: dict[int, ActorStats] = {}
+        self._params_lag_updates: dict[int, int] = {}  # By slot.
+        # In a serial run an actor's next look may be far away, and nothing is between it and the store.
+        self._params_watch = ParamsWatch(None if config.serial else config.actors.params_alarm_seconds)
         self.learner: LearnerStats | None = None
         self.shards: Sequence[ShardStats] = []
         self.evaluation: EvaluationResult | None = None
@@ -79,14 +83,22 @@ class Progress:
         self.env_steps_of[stats.slot] = stats.env_steps
         self.returns.extend(stats.returns)
         self.ledger.report(stats.slot, stats.incarnation, stats.sent, stats.lost)
+        self._params_watch.on_actor(time.monotonic(), stats.slot, stats.incarnation, (stats.params_epoch, stats.params_version))
+        if stats.params_epoch in (-1, self.epoch):  # Versions of two epochs are not so many updates apart.
+            self._params_lag_updates[stats.slot] = max(self.updates - stats.params_version, 0)  # The learner reported earlier.
+        else:
+            self._params_lag_updates.pop(stats.slot, None)
 
     def on_actor_died(self, slot: int) -> None:
         self.ledger.died(slot, self.incarnation_of[slot])
         self.actors.pop(slot, None)
+        self._params_lag_updates.pop(slot, None)
+        self._params_watch.forget(slot)
 
     def on_learner(self, stats: LearnerStats) -> None:
         self.learner = stats
         self.updates, self.samples = stats.updates, stats.samples
+        self._params_watch.on_published(time.monotonic(), (self.epoch, stats.published_version))
 
     def on_evaluation_begins(self) -> None:
         self._evaluation_began = (self.earlier_seconds + self.wall_seconds, self.env_steps)
@@ -116,8 +128,8 @@ class Progress:
         return min(max(used, default=0.0), 1.0)
 
     def new_faults(self) -> list[str]:
-        """Returns a sentence for each kind of refused data that came since the last call."""
-        sentences = []
+        """Returns a sentence for each kind of refused data, and each actor with parameters that stand still, since the last call."""
+        sentences = self._params_watch.new_alarms()
         for shard in self.shards:
             name = f"shard {shard.shard_index}"
             if shard.num_refused_chunks > self._known_faults.get(name, 0):
@@ -154,8 +166,8 @@ class Progress:
         row["actor/num_alive"] = len(self.actors)
         if self.actors:
             row["actor/epsilon_mean"] = _mean([stats.epsilon for stats in self.actors.values()])
-            oldest = min(stats.params_version for stats in self.actors.values())
-            row["actor/params_lag_updates"] = max(self.updates - oldest, 0)  # The learner may have reported longer ago.
+            row |= _mean_and_max("actor/params_lag_updates", self._params_lag_updates.values())
+            row |= _mean_and_max("actor/params_age_seconds", [stats.params_age_seconds for stats in self.actors.values()])
             waiting = sum(stats.waiting_seconds for stats in self.actors.values())
             row["actor/waiting_fraction"] = self._rate("actor_waiting", waiting / len(self.actors), seconds)
         if self.returns:
@@ -230,6 +242,12 @@ class Progress:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def _mean_and_max(name: str, values: Iterable[float]) -> dict[str, float]:
+    """Returns the mean and the greatest of those that are known, where there are any."""
+    known = [value for value in values if not _is_nan(value)]
+    return {name: _mean(known), f"{name}_max": max(known)} if known else {}
 
 
 def _is_nan(value: Any) -> bool:

@@ -77,7 +77,7 @@ class Recorder:
             f"train {_return(row.get('actor/training_return_mean'))}",
             f"eps {row.get('actor/epsilon_mean', 1.0):.2f}",
             f"samples/insert {row.get('shard/samples_per_insert', 0.0):.2f}",
-            f"lag {row.get('actor/params_lag_updates', 0)}",
+            f"lag {row.get('actor/params_lag_updates_max', 0)}",
             f"replay {row.get('shard/size_transitions', 0):,} in {ByteSize(row.get('shard/resident_bytes', 0))}",
         ]
         return "  ".join(parts) + "".join(f"  [{sentence}]" for sentence in self._progress.waits()[:1])
@@ -114,7 +114,7 @@ class Recorder:
             "samples per insert",
             f"{row.get('shard/samples_per_insert', 0.0):.2f} of {config.replay.samples_per_insert or float('inf'):g}",
             "params lag",
-            f"{row.get('actor/params_lag_updates', 0)} updates",
+            f"{row.get('actor/params_lag_updates', 0):.0f} updates, at most {row.get('actor/params_lag_updates_max', 0)}",
         )
         table.add_row(
             "replay",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from actors.actor import Actor
     from actors.evaluator import Evaluator
     from common.protocols import ParamsReader, ParamsWriter, ReplayReader, ReplayWriter
-    from deploy.params_store import ParamsStore
+    from deploy.ray_params import RayParamsStore
     from learner.learner import Learner
     from replay_server.shard import ReplayShard
 
@@ -59,10 +59,10 @@ def limiter_shares(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def make_params_store() -> ParamsStore:
-    from deploy.params_store import ParamsStore
+def make_params_store() -> RayParamsStore:
+    from deploy.ray_params import RayParamsStore
 
-    return ParamsStore()
+    return RayParamsStore()
 
 
 def make_learner(

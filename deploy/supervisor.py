@@ -29,7 +29,8 @@ from deploy.adjust import take_up_adjustment
 from deploy.outcome import Outcome
 from deploy.plan import CpuPlan, plan_cpus
 from deploy.progress import Progress
-from deploy.ray_handles import RayParamsReader, RayParamsWriter, RayReplayReader, RayReplayWriter, Worker, WorkerAddress
+from deploy.ray_handles import RayReplayReader, RayReplayWriter, Worker, WorkerAddress
+from deploy.ray_params import RayParamsReader, RayParamsWriter
 from deploy.recorder import Recorder
 from deploy.run_dir import RunDirectory, write_json
 from deploy.stop_signal import StopSignal

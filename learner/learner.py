@@ -120,7 +120,7 @@ class Learner:
             epoch=self._epoch,
             version=self._stats.updates,
             layout=params_module.layout(self._online),
-            params=params_module.flatten(self._online),
+            params=params_module.flatten(self._online, bf16=self._config.publish_precision == "bf16"),
         )
         self._params.publish(wire.pack(snapshot))
         self._stats.published_version = self._stats.updates

@@ -161,6 +161,7 @@ class FakeParams:
         self._tape = tape
         self.snapshot: ParamsSnapshot | None = None
         self.asked: list[tuple[int, int]] = []
+        self.age: float | None = None
 
     def poll(self, epoch: int, version: int):
         self._tape.append("poll")
@@ -170,6 +171,9 @@ class FakeParams:
     def fetch(self, epoch: int, version: int, timeout_seconds: float):
         self._tape.append("fetch")
         return self._newer(epoch, version)
+
+    def age_seconds(self):
+        return self.age
 
     def _newer(self, epoch: int, version: int):
         held = self.snapshot

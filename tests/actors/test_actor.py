@@ -74,6 +74,60 @@ def test_actor_never_steps_while_replay_says_wait(make_rig, scripted):
     assert stats.waits_for is None
 
 
+def test_actor_looks_for_parameters_while_it_waits(make_rig, scripted):
+    """Kills: an actor that the limiter holds back keeps old parameters, and the alarm takes it for a broken one."""
+    environment, _ = scripted([FOREVER])
+    rig = make_rig(environment, pull_period_steps=1000)
+    rig.actor.step()
+    rig.params.publish(rig.network, epoch=0, version=7)
+    rig.tape.clear()
+    rig.writer.waits_for = ["wait"] * 1_000_000
+    stats = rig.actor.run(0.02)
+    assert "env step" not in rig.tape
+    assert (stats.params_epoch, stats.params_version) == (0, 7)
+
+
+def test_actor_looks_for_parameters_in_every_run(make_rig, scripted):
+    """Kills: an actor whose environments take a second a step looks once in pull_period_steps seconds."""
+    environment, _ = scripted([FOREVER])
+    rig = make_rig(environment, pull_period_steps=1_000_000)
+    for version in (1, 2):
+        rig.params.publish(rig.network, epoch=0, version=version)
+        assert rig.actor.run(0.0).params_version == version
+
+
+def test_actor_takes_a_higher_epoch_with_a_smaller_version(make_rig, scripted):
+    """A learner that died goes on from its last checkpoint: with fewer updates, and newer for all that."""
+    environment, _ = scripted([FOREVER])
+    rig = make_rig(environment)
+    for epoch, version in ((0, 900), (1, 850)):
+        rig.params.publish(rig.network, epoch, version)
+        stats = rig.actor.run(0.0)
+        assert (stats.params_epoch, stats.params_version) == (epoch, version)
+    assert rig.params.asked == [(-1, 0), (0, 900)]
+
+
+def test_actor_params_age_is_the_mean_over_the_steps_since_the_last_report(make_rig, scripted, monkeypatch):
+    environment, _ = scripted([FOREVER])
+    rig = make_rig(environment, pull_period_steps=2)
+    now = [100.0]
+    monkeypatch.setattr("actors.actor.time.monotonic", lambda: now[0])
+    rig.actor.step()
+    assert np.isnan(rig.actor.stats().params_age_seconds)  # It has none whose age could be told.
+    rig.params.publish(rig.network, epoch=0, version=1)
+    rig.params.age = 3.0
+    rig.actor.step()
+    rig.actor.step()  # Takes them: published at 97.
+    now[0] = 105.0
+    rig.actor.step()
+    assert rig.actor.stats().params_age_seconds == (3 + 8) / 2
+    assert np.isnan(rig.actor.stats().params_age_seconds)
+    rig.params.publish(rig.network, epoch=0, version=2)
+    rig.params.age = 0.5
+    rig.actor.step()
+    assert rig.actor.stats().params_age_seconds == 0.5
+
+
 def test_actor_waiting_loses_and_repeats_nothing(make_rig, scripted, random_script, oracle, rows_of):
     """Replay asks to wait at random, also between two chunks of one step."""
     rng = np.random.default_rng(0)

@@ -96,6 +96,62 @@ def test_load_refuses_a_number_that_is_not_finite_and_writes_nothing(bad):
     assert same(destination, twin)
 
 
+def bf16_of(value):
+    """The bits of the bf16 number nearest to a float, ties to even, by the definition: among all that there are."""
+    bits = np.arange(1 << 16, dtype=np.uint32)
+    numbers = (bits << 16).view(np.float32)
+    finite = np.isfinite(numbers) & (np.signbit(numbers) == np.signbit(value))
+    bits, numbers = bits[finite], numbers[finite].astype(np.float64)
+    distance = np.abs(numbers - np.float64(value))
+    nearest = bits[distance == distance.min()]
+    return int(nearest[nearest % 2 == 0][0] if len(nearest) > 1 else nearest[0])
+
+
+def test_bf16_is_rounded_to_nearest_even():
+    """Kills: truncation, and ties away from zero."""
+    network = torch.nn.Linear(8, 1, bias=False)
+    ulp = 2.0**-7  # Of bf16 numbers in [1, 2).
+    values = [1.0, 1 + 0.5 * ulp, 1 + 1.5 * ulp, 1 + 0.501 * ulp, -(1 + 0.499 * ulp), 0.1, -0.0, 1e-40]
+    with torch.no_grad():
+        network.weight[0] = torch.tensor(values)
+    flat = params.flatten(network, bf16=True)
+    assert flat.dtype == np.uint16
+    assert flat.tolist() == [bf16_of(value) for value in network.weight[0].tolist()]
+    assert flat.tolist()[1:3] == [0x3F80, 0x3F82]
+
+
+@pytest.mark.parametrize("to_last", [False, True], ids=["to_contiguous", "to_channels_last"])
+def test_bf16_parameters_round_trip_and_are_widened(to_last):
+    source, destination, twin = network_of(1), network_of(2, channels_last=to_last), network_of(1)
+    snapshot = snapshot_of(source, params=params.flatten(source, bf16=True))
+    params.load(destination, wire.unpack(wire.pack(snapshot), ParamsSnapshot))
+    assert all(p.dtype == torch.float32 for p in destination.parameters())
+    assert not same(source, destination)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.copy_(parameter.bfloat16())
+    assert same(twin, destination)
+
+
+@pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0])
+def test_load_refuses_bf16_that_is_not_finite_and_writes_nothing(bits):
+    destination, twin = network_of(2), network_of(2)
+    flat = params.flatten(network_of(1), bf16=True)
+    flat[-1] = bits
+    with pytest.raises(WireError, match=r"^params: "):
+        params.load(destination, snapshot_of(destination, params=flat))
+    assert same(destination, twin)
+
+
+def test_a_parameter_past_the_range_of_bf16_is_refused():
+    source, destination = network_of(1), network_of(2)
+    with torch.no_grad():
+        source.advantage[0].weight[0, 0] = 3.4e38  # Finite in fp32; the nearest bf16 number is infinity.
+    params.load(destination, snapshot_of(source))
+    with pytest.raises(WireError, match=r"^params: holds NaN or infinity"):
+        params.load(destination, snapshot_of(source, params=params.flatten(source, bf16=True)))
+
+
 def test_digest_changes_with_one_bit_and_with_the_layout():
     network = network_of(1)
     digest = params.digest(network)

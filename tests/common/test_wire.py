@@ -36,6 +36,9 @@ def make_snapshot(**fields):
     return ParamsSnapshot(**{"run": "run-\u00e9", "epoch": 3, "version": 1 << 40, "layout": "w(5,)", "params": params} | fields)
 
 
+BF16 = np.array([0x3FC0, 0x8000, 0x0001, 0x7F7F, 0xC000], np.uint16)  # 1.5, -0, the least, the greatest and -2.
+
+
 def make_batch(**fields):
     defaults = {
         "codec": "raw",
@@ -66,7 +69,7 @@ def make_messages(make_chunk):
         rng = np.random.default_rng(seed)
         chunk = make_chunk(rng, num_transitions=int(rng.integers(1, 6)), num_planes=int(rng.integers(1, 5)))
         vectors = make_chunk(rng, plane_dtype="<f4", plane_shape=(3,), frame_stack=1)
-        return [chunk, vectors, make_batch(), make_update(), make_snapshot()]
+        return [chunk, vectors, make_batch(), make_update(), make_snapshot(), make_snapshot(params=BF16)]
 
     return make
 
@@ -94,8 +97,9 @@ def assert_equal(one, other):
     for field in dataclasses.fields(one):
         left, right = getattr(one, field.name), getattr(other, field.name)
         if "dtype" in field.metadata:
-            expected = np.asarray(left, field.metadata["dtype"])
-            assert right.dtype == field.metadata["dtype"]
+            dtype = "<u2" if field.metadata["or_dtype"] == left.dtype == "<u2" else field.metadata["dtype"]
+            expected = np.asarray(left, dtype)
+            assert right.dtype == dtype
             assert (expected.shape, expected.tobytes()) == (right.shape, right.tobytes()), field.name
         else:
             assert (type(left), left) == (type(right), right), field.name
@@ -477,6 +481,53 @@ def test_a_snapshot_that_is_not_finite_is_refused(bad):
         wire.unpack(wire.pack(make_snapshot(params=np.array([0, bad], np.float32))), ParamsSnapshot)
 
 
+@pytest.mark.parametrize("bad", [0x7F80, 0xFF80, 0x7F81, 0x7FC0, 0xFFFF])
+def test_a_bf16_snapshot_that_is_not_finite_is_refused(bad):
+    """Both infinities and NaNs of every kind; 0x7F7F, the greatest finite number, is among the good messages."""
+    with pytest.raises(WireError, match=r"^params: holds NaN or infinity"):
+        wire.unpack(wire.pack(make_snapshot(params=np.array([0, bad], np.uint16))), ParamsSnapshot)
+
+
+def test_a_bf16_snapshot_takes_half_the_bytes_and_fp32_is_sent_as_ever():
+    """The second dtype is named in the header, the first is not: senders of fp32 and their receivers may be of either version."""
+    messages = [wire.pack(make_snapshot(params=np.zeros(1000, dtype))) for dtype in (np.float32, np.uint16)]
+    assert 2000 - 16 <= len(messages[0]) - len(messages[1]) <= 2000
+    entries = []
+    for message in messages:
+        repack(message, edit=lambda header: entries.append(header["arrays"]["params"]))
+    assert entries == [[[1000], 0], [[1000], 0, "<u2"]]
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f8", "|O", "", None, 0, ["<u2"], "<u2x"], ids=str)
+def test_an_array_of_another_dtype_is_refused_by_name(make_messages, dtype):
+    """Nobody chooses a dtype but among the field's two, and a field of one has none to choose."""
+    for message in make_messages():
+        packed = wire.pack(message)
+        for name in ARRAYS_OF[type(message)]:
+
+            def announce(header, name=name):
+                header["arrays"][name][2:] = [dtype]
+
+            with pytest.raises(WireError, match=rf"^{name}: missing"):
+                wire.unpack(repack(packed, edit=announce), type(message))
+    for message in make_messages()[:4]:
+        for name in ARRAYS_OF[type(message)]:
+            bad = repack(wire.pack(message), edit=lambda header, name=name: header["arrays"][name].append("<u2"))
+            with pytest.raises(WireError, match=rf"^{name}: missing"):
+                wire.unpack(bad, type(message))
+
+
+def test_a_lie_about_which_of_two_dtypes_is_refused():
+    """fp32 numbers announced as bf16 leave bytes over; bf16 ones announced as fp32 are too few."""
+    numbers, bits = (wire.pack(make_snapshot(params=np.ones(8, dtype))) for dtype in (np.float32, np.uint16))
+    as_numbers = repack(bits, edit=lambda header: header["arrays"]["params"].pop())
+    as_bits = repack(numbers, edit=lambda header: header["arrays"]["params"].append("<u2"))
+    with pytest.raises(WireError, match=r"^params: ends at byte 32 of 16"):
+        wire.unpack(as_numbers, ParamsSnapshot)
+    with pytest.raises(WireError, match=r"^header: 32 bytes of buffers, 16 of them described"):
+        wire.unpack(as_bits, ParamsSnapshot)
+
+
 def test_a_chunk_of_nothing_is_refused(make_chunk):
     rng = np.random.default_rng(0)
     for sizes in ({"num_transitions": 0}, {"frame_stack": 0}):
@@ -508,7 +559,7 @@ JUNK = st.recursive(
 @given(data=st.data())
 def test_no_header_makes_unpack_fail_in_another_way(data):
     """One value of a good header is replaced by anything: the message is read or a WireError says why not."""
-    message = data.draw(st.sampled_from([make_batch(), make_update(), make_snapshot()]))
+    message = data.draw(st.sampled_from([make_batch(), make_update(), make_snapshot(), make_snapshot(params=BF16)]))
     packed = wire.pack(message)
 
     def spoil(header):

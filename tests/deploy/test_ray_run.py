@@ -30,10 +30,10 @@ FLEET = ["--actors.num-actors", "3", "--replay.num-shards", "2", "--actors.num-e
 class Run:
     """A `qfleet train` in a process of its own."""
 
-    def __init__(self, path, *words):
+    def __init__(self, path, *words, module=COMMAND[1:3]):
         self.path = path
         self.log = path.with_name(f"{time.monotonic_ns()}.log")
-        command = [*COMMAND, *FLEET, "--run-dir", str(path), *words]
+        command = [COMMAND[0], *module, *COMMAND[3:], *FLEET, "--run-dir", str(path), *words]
         with self.log.open("w") as log:
             environment = os.environ | {"RAY_AUTH_MODE": "token"}
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -66,8 +66,8 @@ class Run:
 def start(tmp_path):
     runs = []
 
-    def begin(*words):
-        runs.append(Run(tmp_path / "run", *words))
+    def begin(*words, **named):
+        runs.append(Run(tmp_path / "run", *words, **named))
         return runs[-1]
 
     yield begin
@@ -77,7 +77,7 @@ def start(tmp_path):
 
 
 def test_a_killed_actor_is_replaced_and_an_interrupted_run_goes_on(start):
-    run = start("--max-updates", "1000000")
+    run = start("--max-updates", "1000000", "--actors.params-alarm-seconds", "10")
     run.wait_for("updates", lambda: run.updates() > 50)
     victim = run.workers()["actor1"]["pid"]
     assert set(run.workers()) == {"learner", "shard0", "shard1", "store", "evaluator", "actor0", "actor1", "actor2"}
@@ -90,6 +90,7 @@ def test_a_killed_actor_is_replaced_and_an_interrupted_run_goes_on(start):
     status, first = run.end()
     assert status == 130 and first["stopped_by"] == "interrupted"
     assert "actor 1 died" in run.log.read_text()
+    assert "parameters" not in run.log.read_text()  # No alarm about any actor, the new one included.
     _check_ledger(first["ledger"], lost_causes={"actor died"})
     assert [path.name for path in sorted((run.path / "checkpoints").iterdir())][-1].startswith(f"{first['updates']:010d}")
 
@@ -125,6 +126,43 @@ def test_sigterm_writes_a_checkpoint_and_ends_cleanly(start):
     run.process.send_signal(signal.SIGTERM)
     status, summary = run.end()
     assert status == 130 and list((run.path / "checkpoints").glob(f"{summary['updates']:010d}*"))
+
+
+# As `python -m deploy`, but actor 1's way to the params store never brings anything.
+DEAF = """
+import sys
+from deploy import cli, roles
+
+class DeafReader:
+    def poll(self, epoch, version):
+        return None
+
+    def age_seconds(self):
+        return None
+
+def make_actor(config, spec, run, slot, incarnation, steps, replay, params):
+    from deploy import roles
+
+    return roles.make_actor(config, spec, run, slot, incarnation, steps, replay, DeafReader() if slot == 1 else params)
+
+roles.make_actor = make_actor  # The driver's; workers import their own.
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_an_actor_that_never_gets_parameters_is_named(start):
+    run = start("--max-updates", "1000000", "--actors.params-alarm-seconds", "5", module=["-c", DEAF])
+    run.wait_for("the alarm", lambda: "never received parameters" in run.log.read_text())
+    rows = len(run.rows())
+    run.wait_for("more rows", lambda: len(run.rows()) > rows + 8)
+    run.process.send_signal(signal.SIGINT)
+    status, _ = run.end()
+    alarms = [line for line in run.log.read_text().splitlines() if "parameters" in line]
+    assert status == 130 and len(alarms) == 1 and "actor 1 has never received parameters and acts for" in alarms[0]
+    row = run.rows()[-2]
+    # Actors 0 and 2 stay near the learner, actor 1 where it began.
+    assert row["actor/params_lag_updates_max"] > 2 * row["actor/params_lag_updates"] > 0
+    assert 0 < row["actor/params_age_seconds"] <= row["actor/params_age_seconds_max"] < 30
 
 
 def _check_ledger(ledger, lost_causes):

@@ -221,7 +221,9 @@ def test_a_restored_optimizer_has_the_settings_of_the_configuration(make_learner
 def test_a_gradient_that_is_not_finite_changes_no_parameter(make_learner, tmp_path):
     learner, *_ = make_learner()
     before = online(learner)
-    learner._update._objective._td_loss = lambda td_error: (td_error - td_error.detach()).abs().sqrt()  # Zero, with an infinite slope.
+    learner._update._objective._td_loss = lambda td_error: (
+        (td_error - td_error.detach()).abs().sqrt()
+    )  # Zero, with an infinite slope.
     with pytest.raises(NonFiniteError, match="gradient norm"):
         learner.step()
     np.testing.assert_array_equal(online(learner), before)
