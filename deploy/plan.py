@@ -61,7 +61,7 @@ def plan_cpus(config: RunConfig, num_cpus: int) -> CpuPlan:
     Raises:
       UserError: where there would be more than MAX_WORKERS_PER_CPU workers on a processor.
     """
-    num_others = config.replay.num_shards + 2  # Shards, learner, evaluator; the store is idle.
+    num_others = config.replay.num_shards + config.learner.num_devices + 1  # The evaluator; the store is idle.
     num_workers = num_others + config.actors.num_actors
     most = MAX_WORKERS_PER_CPU * num_cpus
     if num_workers > most:
@@ -74,8 +74,9 @@ def plan_cpus(config: RunConfig, num_cpus: int) -> CpuPlan:
     share = 1.0 if num_workers <= num_cpus else int(1000 * num_cpus / num_workers) / 1000
     # Threads that wait for one another at every operation must not share their processors with other roles: on two cores,
     # with five roles, two threads did 16 % fewer updates than one (docs/benchmarks.md).
-    spare = num_cpus - num_workers + 1 if num_workers <= num_cpus else num_cpus // 2
-    threads = config.learner.num_threads or max(spare, 1)
+    ranks = config.learner.num_devices
+    spare = num_cpus - num_workers + ranks if num_workers <= num_cpus else num_cpus // 2
+    threads = config.learner.num_threads or max(spare // ranks, 1)
     return CpuPlan(learner=share, shard=share, store=0.0, evaluator=share, actor=share, learner_threads=threads)
 
 
@@ -108,7 +109,7 @@ def plan_memory(config: RunConfig, spec: EnvSpec, *, uses_gpu: bool) -> list[Rol
     return [
         RoleMemory("driver", 1, _DRIVER_BYTES),
         RoleMemory("Ray", 1, _RAY_BYTES, note="its own processes"),
-        RoleMemory("learner", 1, learner_ram, _CUDA_BYTES + learning if uses_gpu else 0, batches),
+        RoleMemory("learner", config.learner.num_devices, learner_ram, _CUDA_BYTES + learning if uses_gpu else 0, batches),
         RoleMemory(
             "shard",
             config.replay.num_shards,

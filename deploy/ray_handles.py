@@ -43,6 +43,13 @@ class Worker:
         self._role = function(*args)
         return WorkerAddress(socket.gethostname(), os.getpid())
 
+    def free_address(self) -> str:
+        """Returns HOST:PORT where nothing listens: for a group of learners to meet at. On a single node nobody else reaches it."""
+        host = "127.0.0.1" if len(ray.nodes()) == 1 else ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        with socket.socket() as free:
+            free.bind((host, 0))
+            return f"{host}:{free.getsockname()[1]}"
+
     def call(self, method: str, *args: Any, **named: Any) -> Any:
         return getattr(self._role, method)(*args, **named)
 

@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from common.config import EnvSpec, RunConfig
 from common.errors import NonFiniteError, UserError, WireError
 from deploy import roles
+from deploy import run_dir as run_dirs
 from deploy.adjust import take_up_adjustment
 from deploy.outcome import Outcome
 from deploy.plan import CpuPlan, plan_cpus
@@ -56,9 +57,9 @@ class _Call(NamedTuple):
 
 
 class Supervisor:
-    """Starts the workers of one run, restarts actors and evaluator when they die, and ends the run in good order.
+    """Starts the workers of one run, restarts actors, evaluator and learner when they die, and ends the run in good order.
 
-    A dead shard, store or learner ends the run with its last checkpoint intact.
+    A dead shard or store ends the run with its last checkpoint intact.
     """
 
     def __init__(
@@ -70,7 +71,8 @@ class Supervisor:
         self._actors: dict[int, Any] = {}
         self._deaths: dict[tuple[str, int], deque[float]] = {}
         self._shards: list[Any] = []
-        self._learner: Any = None
+        self._learners: list[Any] = []  # By rank; the first one publishes and saves.
+        self._group: PlacementGroup | None = None
         self._store: Any = None
         self._evaluator: Any = None
         self._evaluating = False
@@ -99,51 +101,118 @@ class Supervisor:
         num_cpus = int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
         plan = self._plan = plan_cpus(config, num_cpus)
         self._recorder.event(f"Ray is up on {num_cpus} CPUs; {plan.describe()}")
-        group = self._place(plan)
-        self._learner = self._worker("learner", plan.learner, group, 0)
-        self._shards = [self._worker(f"shard{i}", plan.shard, group, 1 + i) for i in range(config.replay.num_shards)]
+        self._place(plan)
+        self._make_learners()
+        num_ranks = config.learner.num_devices
+        self._shards = [self._worker(f"shard{i}", plan.shard, num_ranks + i) for i in range(config.replay.num_shards)]
         self._store = self._worker("store", plan.store)
         run, epoch = self._run_dir.run, self._progress.epoch
         built = [
             shard.build.remote(roles.make_shard, config, self._spec, run, i, epoch) for i, shard in enumerate(self._shards)
         ]
         built.append(self._store.build.remote(roles.make_params_store))
-        readers = [RayReplayReader(shard, i) for i, shard in enumerate(self._shards)]
-        checkpoint = str(self._run_dir.checkpoint) if self._run_dir.checkpoint else None
-        path = str(self._run_dir.path.resolve())
-        writer = RayParamsWriter(self._store)
-        threads = plan.learner_threads
-        built.append(
-            self._learner.build.remote(
-                roles.make_learner, config, self._spec, run, path, epoch, checkpoint, threads, readers, writer
-            )
-        )
+        built += self._build_learners(self._run_dir.checkpoint)
         self._start_evaluator()
         for slot in range(config.actors.num_actors):
             self._start_actor(slot)
-        names = [*(f"shard{i}" for i in range(len(self._shards))), "store", "learner"]
+        names = [*(f"shard{i}" for i in range(len(self._shards))), "store", *self._learner_names()]
         addresses = self._answers(built, _START_SECONDS, "learner, shards and store to start")
         for name, address in zip(names, addresses, strict=True):
             self._note_worker(name, address)
-        self._answers([self._learner.call.remote("start")], _ANSWER_SECONDS, "the learner to prefetch")
         self._save()  # So that from here on there is always one to go on from.
-        self._call_learner()
+        self._start_learners()
 
-    def _place(self, plan: CpuPlan) -> PlacementGroup | None:
+    def _place(self, plan: CpuPlan) -> None:
         """Puts learner and shards on one node where they fit, so that batches move through shared memory."""
-        bundles = [{"CPU": plan.learner}, *[{"CPU": plan.shard}] * self._config.replay.num_shards]
+        config = self._config
+        of_learner = {"CPU": plan.learner} | ({"GPU": 1.0} if self._num_gpus() else {})
+        bundles = [*[of_learner] * config.learner.num_devices, *[{"CPU": plan.shard}] * config.replay.num_shards]
         for strategy in ("STRICT_PACK", "PACK"):
-            group: PlacementGroup = placement_group(bundles, strategy=strategy)
-            if group.wait(20):
-                return group
-            ray.util.remove_placement_group(group)
+            self._group = placement_group(bundles, strategy=strategy)
+            if self._group.wait(20):
+                return
+            ray.util.remove_placement_group(self._group)
         raise RunFault(f"no {plan.describe()} could be placed for learner and shards: the cluster has too few free CPUs")
 
-    def _worker(self, name: str, num_cpus: float, group: PlacementGroup | None = None, bundle: int = 0) -> Any:
+    def _num_gpus(self) -> int:
+        """Returns how many GPUs the learner takes: one a rank, or none."""
+        config = self._config.learner
+        there = 0 if config.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+        if there < config.num_devices and (there or config.device == "cuda"):
+            raise UserError(
+                f"learner.num_devices {config.num_devices}, but there are {there} GPUs: set --learner.num-devices {max(there, 1)}, or "
+                f"--learner.device cpu"
+            )
+        return config.num_devices if there else 0
+
+    def _worker(self, name: str, num_cpus: float, bundle: int | None = None, num_gpus: float = 0.0) -> Any:
+        """Makes a worker, in a bundle of the placement group where one is named."""
         options: dict[str, Any] = {"num_cpus": num_cpus, "max_restarts": 0, "enable_task_events": False, "name": name}
-        if group is not None:
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+        if num_gpus:
+            options["num_gpus"] = num_gpus
+        if bundle is not None:
+            assert self._group is not None
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         return ray.remote(Worker).options(**options).remote()
+
+    def _learner_names(self) -> list[str]:
+        ranks = range(self._config.learner.num_devices)
+        return ["learner"] if len(ranks) == 1 else [f"learner{rank}" for rank in ranks]
+
+    def _make_learners(self) -> None:
+        assert self._plan is not None
+        cpus, gpus = self._plan.learner, 1.0 if self._num_gpus() else 0.0
+        names = [f"{name}.{self._progress.epoch}" for name in self._learner_names()]
+        self._learners = [self._worker(name, cpus, rank, gpus) for rank, name in enumerate(names)]
+
+    def _build_learners(self, checkpoint: Path | None) -> list[Any]:
+        """Has every rank made, from a checkpoint where there is one; returns the calls."""
+        assert self._plan is not None
+        config, path = self._config, str(self._run_dir.path.resolve())
+        address: str | None = None
+        if len(self._learners) > 1:
+            (address,) = self._answers([self._learners[0].free_address.remote()], _START_SECONDS, "rank 0 of the learner")
+        arguments = (
+            config,
+            self._spec,
+            self._run_dir.run,
+            path,
+            self._progress.epoch,
+            str(checkpoint) if checkpoint is not None else None,
+            self._plan.learner_threads,
+            [RayReplayReader(shard, i) for i, shard in enumerate(self._shards)],
+            RayParamsWriter(self._store),
+        )
+        return [
+            worker.build.remote(roles.make_learner, *arguments, rank, address) for rank, worker in enumerate(self._learners)
+        ]
+
+    def _start_learners(self) -> None:
+        """Has them prefetch, and learn."""
+        self._answers([worker.call.remote("start") for worker in self._learners], _ANSWER_SECONDS, "the learner to prefetch")
+        self._call_learners()
+
+    def _restart_learners(self, error: RayError) -> None:
+        """Ends all ranks, since none can go on without the others, and begins again from the last checkpoint."""
+        calls = [call for call, expected in self._calls.items() if expected.role == "learner"]
+        if calls:  # A rank that died says more than those that missed it.
+            for call in ray.wait(calls, num_returns=len(calls), timeout=_CALL_SECONDS)[0]:
+                try:
+                    ray.get(call, timeout=_ANSWER_SECONDS)
+                except RayError as other:
+                    error = other if isinstance(other, RayActorError) else error
+        self._calls = {call: expected for call, expected in self._calls.items() if expected.role != "learner"}
+        for worker in self._learners:
+            ray.kill(worker)
+        checkpoint = run_dirs.newest_checkpoint_path(self._run_dir.path)
+        assert checkpoint is not None, "one is written before the first update"
+        self._progress.epoch += 1
+        self._recorder.event(
+            f"the learner died ({_one_line(error)}) after update {self._progress.updates:,}; it goes on from checkpoint {checkpoint.name}"
+        )
+        self._make_learners()
+        for rank, call in enumerate(self._build_learners(checkpoint)):
+            self._expect(call, "learner", rank, _START_SECONDS)
 
     def _start_actor(self, slot: int) -> None:
         """Starts the next incarnation of a slot; it goes on from the steps that the slot last reported."""
@@ -169,8 +238,9 @@ class Supervisor:
         self._addresses[name] = address._asdict()
         write_json(self._run_dir.path / "workers.json", self._addresses)
 
-    def _call_learner(self) -> None:
-        self._expect(self._learner.call.remote("run", _CALL_SECONDS, self._config.max_updates), "learner")
+    def _call_learners(self) -> None:
+        for rank, worker in enumerate(self._learners):
+            self._expect(worker.call.remote("run", _CALL_SECONDS, self._config.max_updates), "learner", rank)
 
     def _expect(self, call: Any, role: str, index: int = 0, seconds: float = _HUNG_SECONDS) -> None:
         self._calls[call] = _Call(role, index, time.monotonic() + seconds)
@@ -251,10 +321,21 @@ class Supervisor:
                 self._progress.on_actor(result)
             self._expect(self._actors[index].call.remote("run", _CALL_SECONDS), "actor", index)
         elif role == "learner":
-            self._progress.on_learner(result)
-            self._call_learner()
+            self._on_learner(index, result)
         else:
             self._on_evaluator(result)
+
+    def _on_learner(self, rank: int, result: Any) -> None:
+        """Takes in what a rank reported; when all have, they go on together."""
+        if isinstance(result, WorkerAddress):
+            self._note_worker(self._learner_names()[rank], result)
+        elif rank == 0:
+            self._progress.on_learner(result)
+        if all(expected.role != "learner" for expected in self._calls.values()):
+            if isinstance(result, WorkerAddress):
+                self._start_learners()
+            else:
+                self._call_learners()
 
     def _on_evaluator(self, result: Any) -> None:
         """Goes on with an evaluation, or begins one where it is time and there are new parameters."""
@@ -292,13 +373,16 @@ class Supervisor:
             raise type(cause)(f"{role} {index}: {cause}") from error
         name = "the evaluator" if role == "evaluator" else f"actor {index}" if role == "actor" else f"the {role}"
         if role == "learner":
-            raise RunFault(f"the learner died: {_one_line(error)}")
+            name, index = "the learner", 0  # Its ranks die together.
         deaths = self._deaths.setdefault((role, index), deque(maxlen=_MAX_DEATHS))
         deaths.append(time.monotonic())
         if len(deaths) == _MAX_DEATHS and deaths[-1] - deaths[0] < _DEATHS_SECONDS:
             raise RunFault(
                 f"{name} died {_MAX_DEATHS} times within {_DEATHS_SECONDS:.0f} s, the last time of: {_one_line(error)}"
             )
+        if role == "learner":
+            self._restart_learners(error)
+            return
         self._recorder.event(f"{name} died ({_one_line(error)}); a new one takes its place")
         if role == "actor":
             ray.kill(self._actors[index])
@@ -323,7 +407,7 @@ class Supervisor:
             )
             if result.mean_return >= target:
                 return "target_return"
-        self._call_learner()
+        self._call_learners()
         self._expect(self._evaluator.call.remote("rest", 0.0), "evaluator")
         return None
 
@@ -332,7 +416,7 @@ class Supervisor:
 
         An evaluator that dies meanwhile is replaced once.
         """
-        self._answers([self._learner.call.remote("publish")], _ANSWER_SECONDS, "the learner to publish")
+        self._answers([self._learners[0].call.remote("publish")], _ANSWER_SECONDS, "the learner to publish")
         try:
             return self._play_final_episodes()
         except RunFault as error:
@@ -389,14 +473,14 @@ class Supervisor:
                     raise RunFault(f"the {role} died: {_one_line(error)}") from error
                 if role == "actor" and not isinstance(result, WorkerAddress):
                     self._progress.on_actor(result)
-                elif role == "learner":
+                elif role == "learner" and index == 0 and not isinstance(result, WorkerAddress):
                     self._progress.on_learner(result)
 
     def _finish(self, stopped_by: str) -> str:
         """Writes the last checkpoint and evaluates it; returns the digest of its parameters."""
         name = self._save()
         self._recorder.event(f"checkpoint {name} is written ({stopped_by})")
-        (digest,) = self._answers([self._learner.call.remote("digest")], _ANSWER_SECONDS, "the learner's digest")
+        (digest,) = self._answers([self._learners[0].call.remote("digest")], _ANSWER_SECONDS, "the learner's digest")
         if stopped_by not in ("interrupted", "target_return"):
             result = self._evaluate_now()
             if result is not None:
@@ -404,7 +488,7 @@ class Supervisor:
         return str(digest)
 
     def _save(self) -> str:
-        call = self._learner.call.remote("save", self._progress.counters())
+        call = self._learners[0].call.remote("save", self._progress.counters())
         (name,) = self._answers([call], _ANSWER_SECONDS, "the learner to write a checkpoint")
         return str(name)
 

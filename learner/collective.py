@@ -7,6 +7,8 @@ normalizes all importance weights, are all that they exchange. A single learner 
 from __future__ import annotations
 
 import datetime
+import os
+import socket
 from typing import NamedTuple
 
 import torch
@@ -33,10 +35,11 @@ class LearnerGroup:
 
     def __init__(self, *, rank: int, num_ranks: int, address: str, device: torch.device) -> None:
         """Waits for all ranks. `address` is HOST:PORT of rank 0, which listens there."""
-        self.rank, self.num_ranks, self._device = rank, num_ranks, device
+        self.rank, self.num_ranks = rank, num_ranks
         timeout = datetime.timedelta(seconds=TIMEOUT_SECONDS)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=f"tcp://{address}", rank=rank, world_size=num_ranks, timeout=timeout)
+        store = _meet(address, rank, num_ranks, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
         # What the hosts agree on must not wait for the GPU.
         self._hosts = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else dist.group.WORLD
 
@@ -57,3 +60,18 @@ class LearnerGroup:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def _meet(address: str, rank: int, num_ranks: int, timeout: datetime.timedelta) -> dist.Store:
+    """Returns the store at which the ranks find one another. It listens at `address` alone, where PyTorch's own would on all of
+    the host's."""
+    host, port = address.rsplit(":", 1)
+    if host == "127.0.0.1":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    listener: int | None = None
+    if rank == 0:
+        server = socket.create_server((host, int(port)))
+        listener = server.detach()
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, int(port), num_ranks, is_master=rank == 0, timeout=timeout, master_listen_fd=listener, use_libuv=False
+    )
