@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from actors.chunks import ChunkBuilder
 from actors.environments import Step, VectorEnvironment, push_planes
@@ -23,6 +24,7 @@ from common.metrics import ActorStats
 from common.networks import QNetwork
 from common.priorities import priority
 from common.protocols import ParamsReader, ReplayWriter
+from common.value_rescaling import IDENTITY_PAIR, SIGNED_HYPERBOLIC_PAIR
 
 
 class Actor:
@@ -30,6 +32,10 @@ class Actor:
 
     `step()` does one vector step and never blocks; `run(seconds)` loops and waits where replay asks it to. Called from one
     thread. Epsilon and seeds belong to the slot, so a replacement goes on where the slot was.
+
+    A noisy network gets fresh noise at every step, as published (Fortunato et al. 2018, section 3.1: drawn anew before each action), and
+    for each environment its own, so that the environments of one actor explore differently; that is cheap, since the noisy
+    layers never build their parameters. The noise comes from a stream of its own. First priorities are of the noisy values acted on.
     """
 
     def __init__(
@@ -53,6 +59,9 @@ class Actor:
         self._priority_floor = priority_floor
         seeds = np.random.SeedSequence([seed, slot, incarnation])
         self._rng = np.random.default_rng(seeds)
+        self._noise_generator = torch.Generator().manual_seed(int(seeds.spawn(1)[0].generate_state(1, np.uint64)[0]))
+        self._noise: Tensor | None = None  # Of this step, a row for each environment.
+        self._rescaling = SIGNED_HYPERBOLIC_PAIR if network.value_rescaling else IDENTITY_PAIR
         num_envs, spec = environment.num_envs, environment.spec
         self._n_step = NStepBuilder(
             num_envs=num_envs,
@@ -131,7 +140,9 @@ class Actor:
         if self._published is not None:
             self._age_seconds += time.monotonic() - self._published
             self._num_aged_steps += 1
-        values = self._values(self._stacks)
+        if self._network.num_noise:
+            self._noise = self._network.draw_noise(self._environment.num_envs, self._noise_generator)
+        values = self._values(self._stacks, self._noise)
         self._finish_pending(values)
         epsilon = self._epsilon()
         actions = epsilon_greedy(self._rng, values, epsilon)
@@ -182,9 +193,9 @@ class Actor:
         age = self._params.age_seconds()
         self._published = None if age is None else time.monotonic() - age
 
-    def _values(self, stacks: Array) -> Array:
+    def _values(self, stacks: Array, noise: Tensor | None) -> Array:
         with torch.inference_mode():
-            return self._network(torch.from_numpy(stacks)).numpy()  # type: ignore[no-any-return]
+            return self._network(torch.from_numpy(stacks), noise).numpy()  # type: ignore[no-any-return]
 
     def _epsilon(self) -> Array:
         """Returns f64[E]. The fleet's env steps are taken to be this slot's times the number of slots."""
@@ -210,9 +221,10 @@ class Actor:
         ended = result.terminated | result.truncated
         self._push_planes(np.where(_rows(ended, result.planes), result.final_planes, result.planes), result.is_first)
         cut = np.flatnonzero(result.truncated & ~result.terminated)
-        bootstraps = (
-            dict(zip(cut.tolist(), self._values(self._stacks[cut]).max(axis=1).tolist(), strict=True)) if len(cut) else {}
-        )
+        bootstraps = {}
+        if len(cut):
+            noise = None if self._noise is None else self._noise[cut]
+            bootstraps = dict(zip(cut.tolist(), self._values(self._stacks[cut], noise).max(axis=1).tolist(), strict=True))
         self._push_planes(result.planes, ended, only=ended)
         return bootstraps
 
@@ -236,9 +248,10 @@ class Actor:
         bootstrap = values.max(axis=1).astype(np.float64)
         for env, value in bootstraps.items():
             bootstrap[env] = value
-        td_error = transitions.r_t + transitions.discount_t * bootstrap[transitions.env] - transitions.extra
-        priorities = priority(td_error, floor=self._priority_floor).tolist()
         t = transitions
+        target = t.r_t + t.discount_t * self._rescaling.apply_inv(torch.from_numpy(bootstrap)).numpy()[t.env]
+        td_error = self._rescaling.apply(torch.from_numpy(target)).numpy() - t.extra
+        priorities = priority(td_error, floor=self._priority_floor).tolist()
         rows = zip(t.env.tolist(), t.source.tolist(), t.destination.tolist(), t.a_tm1.tolist(), strict=True)
         scalars = zip(t.r_t.tolist(), t.discount_t.tolist(), priorities, strict=True)
         for (env, source, destination, a_tm1), row_scalars in zip(rows, scalars, strict=True):

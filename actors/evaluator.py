@@ -37,7 +37,7 @@ class Evaluator:
 
     Environments are stepped one by one and only while they have episodes to play, so that one long game costs no more than
     itself; the forward pass is one batch. `start` begins, `run(seconds)` goes on and returns the result when all is played.
-    Lives never end an episode here. Called from one thread.
+    Lives never end an episode here. A noisy network plays with its mean parameters. Called from one thread.
     """
 
     def __init__(

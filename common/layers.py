@@ -43,7 +43,8 @@ class NoisyLinear(nn.Linear):
         mean = functional.linear(input, self.weight, self.bias)
         if noise is None:
             return mean
-        noise = noise.view(noise.shape[0], *[1] * (input.ndim - 2), self.num_noise)
+        # In bfloat16 where the input is: the product is rounded to that in any case, and float32 would double what it takes.
+        noise = noise.to(input.dtype).view(noise.shape[0], *[1] * (input.ndim - 2), self.num_noise)
         noise_in, noise_out = noise[..., : self.in_features], noise[..., self.in_features :]
         return mean + functional.linear(input * noise_in, self.sigma_weight, self.sigma_bias) * noise_out
 

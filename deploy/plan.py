@@ -6,7 +6,6 @@ and PyTorch share between processes is counted in each, as `top` does, so the su
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from common.config import MAX_PREFETCH_THREADS, ByteSize, EnvSpec, RunConfig
+from common.config import MAX_PREFETCH_THREADS, ByteSize, EnvSpec, NetworkConfig, RunConfig
 from common.errors import UserError
+from common.torsos import CONVOLUTIONS, IMPALA_BLOCKS, IMPALA_CHANNELS, halved
 from deploy.roles import shard_shares
 from deploy.run_dir import num_cpus
 from replay_server.shard import index_bytes, min_memory
@@ -33,8 +33,6 @@ _LEARNER_BYTES = 480 * _MIB  # With the compiler of the unpacking loop.
 _ENV_BYTES = 3 * _MIB  # One more emulator.
 _CUDA_BYTES = 700 * _MIB  # What a process that uses a GPU takes of it, and of RAM, before it does anything.
 _COPIES_OF_PARAMS = 6  # Online, target, gradients, two moments of Adam, and a snapshot on its way.
-# Features, parameters and values of the convolutions over 4 frames of 84 x 84.
-_TORSOS = {"dqn2013": (2_592, 12_336, 8_992), "nature": (3_136, 77_984, 21_120)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,18 +271,78 @@ def _num_batches(config: RunConfig) -> int:
 
 
 def network_size(config: RunConfig, spec: EnvSpec) -> tuple[int, int]:
-    """Returns (parameters, values that one observation's layers give), without PyTorch: the driver does not load it."""
+    """Returns (parameters, values that a pass holds for one observation), without PyTorch: the driver does not load it.
+
+    Values are the outputs of all layers, nonlinearities and norms. The layers of implicit quantiles hold them once for each
+    quantile: with 64 and the nature torso 200,000 for the embedding, as many for its nonlinearity and for the product with the
+    features, 77 MB in a batch of 32.
+    """
     network = config.network
+    num_features, params, values = _torso_size(network, spec)
+    num_rows = 1
+    if network.distribution == "implicit_quantile":
+        num_rows = max(config.learner.num_quantile_samples, config.learner.num_target_quantile_samples)
+        params += (network.num_cosines + 1) * num_features
+        values += num_rows * (2 * network.num_cosines + 3 * num_features)
+    num_each = {"categorical": network.num_atoms, "quantile": network.num_quantiles}.get(network.distribution, 1)
+    for num_columns in (spec.num_actions, 1) if network.dueling else (spec.num_actions,):
+        num_in = num_features
+        for num_out in network.hidden_sizes:
+            of_linear, of_norm = _linear_size(network, num_in, num_out), _norm_size(network, num_out, num_out)
+            params += of_linear[0] + of_norm[0]
+            values += num_rows * (of_linear[1] + of_norm[1] + num_out)
+            num_in = num_out
+        of_linear = _linear_size(network, num_in, num_each * num_columns)
+        params += of_linear[0]
+        values += num_rows * of_linear[1]
+    return params, values
+
+
+def _torso_size(network: NetworkConfig, spec: EnvSpec) -> tuple[int, int, int]:
+    """Returns (features, parameters, values) of the torso."""
     if network.torso == "mlp":
-        num_features, params, values = spec.frame_stack * math.prod(spec.plane_shape), 0, 0
+        return spec.frame_stack * math.prod(spec.plane_shape), 0, 0
+    channels, (height, columns) = spec.frame_stack, spec.plane_shape
+    params = values = 0
+    if network.torso == "impala":
+        for base in IMPALA_CHANNELS:
+            num_in, channels = channels, base * network.width
+            values += channels * height * columns
+            height, columns = halved(height), halved(columns)
+            size = channels * height * columns
+            norm = _norm_size(network, channels, size)
+            params += _convolution(num_in, channels, 3) + IMPALA_BLOCKS * 2 * (_convolution(channels, channels, 3) + norm[0])
+            values += size + IMPALA_BLOCKS * (2 * (2 * size + norm[1]) + size)  # The pool; each block, and its sum.
+        params += norm[0]
+        values += size + norm[1]
     else:
-        num_features, params, values = _TORSOS[network.torso]
-    heads = 2 if network.dueling else 1
-    sizes = [num_features, *network.hidden_sizes]
-    params += heads * sum(num_in * num_out for num_in, num_out in itertools.pairwise(sizes))
-    params += sizes[-1] * (spec.num_actions + heads - 1)
-    values += heads * sum(network.hidden_sizes)
-    return params, values * (3 if network.layer_norm else 2)  # Each layer, its nonlinearity, and its norm.
+        for num_out, kernel, stride in CONVOLUTIONS[network.torso]:
+            height, columns = (height - kernel) // stride + 1, (columns - kernel) // stride + 1
+            size = num_out * height * columns
+            norm = _norm_size(network, num_out, size)
+            params += _convolution(channels, num_out, kernel) + norm[0]
+            values += 2 * size + norm[1]
+            channels = num_out
+    if network.adaptive_pool is not None:
+        height = columns = network.adaptive_pool
+        values += channels * height * columns
+    return channels * height * columns, params, values
+
+
+def _convolution(num_in: int, num_out: int, kernel: int) -> int:
+    """Returns the parameters of a convolution."""
+    return num_out * (num_in * kernel * kernel + 1)
+
+
+def _norm_size(network: NetworkConfig, num_scales: int, num_values: int) -> tuple[int, int]:
+    """Returns (parameters, values) of a layer norm; zeros where there is none."""
+    return (2 * num_scales, num_values) if network.layer_norm else (0, 0)
+
+
+def _linear_size(network: NetworkConfig, num_in: int, num_out: int) -> tuple[int, int]:
+    """Returns (parameters, values) of a fully connected layer of a head; a noisy one is two, and scales input and output."""
+    params = (num_in + 1) * num_out
+    return (params, num_out) if network.noisy_sigma is None else (2 * params, num_in + 3 * num_out)
 
 
 def _activation_bytes(config: RunConfig, spec: EnvSpec) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -62,7 +62,7 @@ class LearnerGroup:
         dist.destroy_process_group()
 
 
-def _meet(address: str, rank: int, num_ranks: int, timeout: datetime.timedelta) -> dist.Store:
+def _meet(address: str, rank: int, num_ranks: int, timeout: datetime.timedelta) -> Any:
     """Returns the store at which the ranks find one another. It listens at `address` alone, where PyTorch's own would on all of
     the host's."""
     host, port = address.rsplit(":", 1)
@@ -72,6 +72,6 @@ def _meet(address: str, rank: int, num_ranks: int, timeout: datetime.timedelta) 
     if rank == 0:
         server = socket.create_server((host, int(port)))
         listener = server.detach()
-    return dist.TCPStore(  # type: ignore[attr-defined]
+    return dist.TCPStore(
         host, int(port), num_ranks, is_master=rank == 0, timeout=timeout, master_listen_fd=listener, use_libuv=False
     )

@@ -20,9 +20,9 @@ class TapedNetwork(QNetwork):
 
     tape: list[str]
 
-    def forward(self, observations):
+    def forward(self, observations, noise=None):
         self.tape.append("forward")
-        return super().forward(observations)
+        return super().forward(observations, noise)
 
 
 def constant_network(spec, action):
@@ -291,6 +291,104 @@ def test_actor_seed_slot_and_incarnation_each_give_another_stream(make_rig, scri
     (actions, seeds), (others, other_seeds) = play(make_rig, scripted), play(make_rig, scripted, **other)
     assert (actions != others).any()
     assert not set(seeds) & set(other_seeds)
+
+
+class RecordingNetwork(QNetwork):
+    """Keeps the noise and the values of every forward pass."""
+
+    def __init__(self, config, spec):
+        super().__init__(config, spec)
+        self.noises, self.given = [], []
+
+    def forward(self, observations, noise=None):
+        values = super().forward(observations, noise)
+        self.noises.append(noise)
+        self.given.append(values.numpy().astype(np.float64))
+        return values
+
+
+def recording_network(spec, **options):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return RecordingNetwork(NetworkConfig(hidden_sizes=(8,), **options), spec)
+
+
+def test_actor_draws_fresh_noise_at_every_step_for_every_environment(make_rig, scripted):
+    """Kills: one draw for all environments; one for the whole run; noise that is not used."""
+    environment, _ = scripted([FOREVER, FOREVER, FOREVER])
+    network = recording_network(environment.spec, noisy_sigma=0.5)
+    make_rig(environment, network=network).step(4)
+    noises = torch.stack(network.noises)  # [steps, environments, num_noise]
+    assert noises.shape == (4, 3, network.num_noise)
+    assert len(torch.unique(noises[:, :, 0])) == 4 * 3
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"slot": 1, "num_actors": 2}, {"incarnation": 1}], ids=str)
+def test_actor_noise_is_repeatable_and_of_its_own_stream(make_rig, scripted, other):
+    """With epsilon 1 the actions are those of an actor without noise: its draws move no other stream."""
+    noises, actions = [], []
+    always = ExplorationConfig(initial=1.0, final=1.0)
+    for identity, sigma in (({}, 0.5), ({}, 0.5), (other, 0.5), ({}, None)):
+        environment, _ = scripted([FOREVER, FOREVER])
+        network = recording_network(environment.spec, noisy_sigma=sigma)
+        rig = make_rig(environment, network=network, exploration=always, **identity)
+        rig.step(20)
+        noises.append(network.noises)
+        actions.append((rig.environment.seeds, np.array(rig.environment.actions).tolist()))
+    assert torch.equal(torch.stack(noises[0]), torch.stack(noises[1]))
+    assert not torch.equal(torch.stack(noises[0]), torch.stack(noises[2]))
+    assert noises[3] == [None] * 20
+    assert actions[0] == actions[1] == actions[3] != actions[2]
+
+
+def rescaled(x):
+    return np.sign(x) * (np.sqrt(np.abs(x) + 1) - 1) + 0.001 * x
+
+
+def returned(y):
+    """The inverse of `rescaled`, by bisection."""
+    low, high = -1e6, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rescaled(middle) < y else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize(
+    ("options", "apply", "apply_inv"),
+    [
+        ({"noisy_sigma": 2.0}, float, float),
+        ({"value_rescaling": True}, rescaled, returned),
+        ({"noisy_sigma": 2.0, "distribution": "quantile", "num_quantiles": 3}, float, float),
+    ],
+    ids=["noisy", "rescaled", "noisy quantiles"],
+)
+def test_actor_first_priorities_are_of_the_values_acted_on(make_rig, scripted, options, apply, apply_inv):
+    """Kills: priorities of the mean parameters; of another draw; the rescaling left out, or applied to the reward alone."""
+    environment, _ = scripted([[([50.0, -3.0, 7.0] * 10, "truncated")]])
+    network = recording_network(environment.spec, **options)
+    with torch.no_grad():
+        network.advantage[-1].weight.mul_(5.0)
+    rig = make_rig(environment, network=network, n_step=1, discount=0.9, chunk_transitions=1)
+    rig.step(20)
+    rewards = [step.reward[0] for step in rig.environment.steps]
+    actions = [step[0] for step in rig.environment.actions]
+    priorities = [priority for chunk in rig.writer.chunks() for priority in chunk.priority.tolist()]
+    expected = [
+        abs(apply(rewards[t] + 0.9 * apply_inv(network.given[t + 1][0].max())) - network.given[t][0, actions[t]]) + 0.001
+        for t in range(len(priorities))
+    ]
+    assert len(priorities) >= 17
+    np.testing.assert_allclose(priorities, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_actor_values_a_last_observation_with_the_noise_of_its_environment(make_rig, scripted):
+    """Where environments are reset within a step, the observation that was cut off is valued with that step's draw."""
+    environment, _ = scripted([FOREVER, [([1.0], "truncated")] * 9], mode="SameStep")
+    network = recording_network(environment.spec, noisy_sigma=0.5)
+    make_rig(environment, network=network).step(1)
+    of_step, of_last = network.noises
+    assert torch.equal(of_last, of_step[1:])
 
 
 def test_actor_reward_not_finite_raises_and_says_where(make_rig, scripted):

@@ -170,3 +170,37 @@ def test_digest_changes_with_one_bit_and_with_the_layout():
 
 def test_digest_does_not_depend_on_the_memory_format():
     assert params.digest(network_of(1)) == params.digest(network_of(1, channels_last=True))
+
+
+SPECTRAL = NetworkConfig(torso="impala", spectral_norm=True, hidden_sizes=(8,), noisy_sigma=0.5, dueling=True)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_who_loads_a_snapshot_computes_what_the_learner_does_with_a_spectral_norm(channels_last):
+    """The singular vectors travel with the parameters: an actor that normalized by its own would compute something else."""
+    learner, actor = network_of(1, config=SPECTRAL, channels_last=channels_last), network_of(2, config=SPECTRAL)
+    observations = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):  # Vectors that no initialization gives.
+        with torch.no_grad():
+            for parameter in learner.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        learner.step_spectral_norms()
+    assert params.digest(actor) != params.digest(learner)
+    params.load(actor, wire.unpack(wire.pack(snapshot_of(learner)), ParamsSnapshot))
+    assert params.digest(actor) == params.digest(learner)
+    before = params.digest(learner)
+    with torch.inference_mode():
+        expected = learner.to(memory_format=torch.contiguous_format)(observations)
+        assert torch.equal(actor(observations), expected)
+        assert torch.equal(actor(observations), learner.eval()(observations))  # Modes make no difference.
+    assert params.digest(learner) == before
+    decoy = network_of(2, config=SPECTRAL)
+    decoy.load_state_dict(dict(learner.named_parameters()), strict=False)
+    with torch.inference_mode():
+        assert not torch.allclose(decoy(observations), expected, atol=1e-6)
+
+
+def test_the_layout_of_a_spectral_norm_names_its_vectors():
+    layout = params.layout(network_of(1, config=SPECTRAL)).split(";")
+    assert "torso.2.layers.1.left(16,)" in layout and "torso.2.layers.1.right(144,)" in layout
+    assert len([name for name in layout if ".left(" in name or ".right(" in name]) == 2 * 12

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from actors.environments import probe
-from common.config import ByteSize
+from common import layers
+from common.config import ByteSize, EnvSpec, NetworkConfig
 from common.errors import UserError
-from common.networks import QNetwork
+from common.networks import make_network
 from deploy import plan
 from deploy.cli import main
 from deploy.recipes import RECIPES
@@ -26,25 +30,65 @@ def plenty(monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", ["cartpole", "pong", "nature", "dqn-2013", "apex"])
-@pytest.mark.parametrize("layer_norm", [False, True])
-def test_network_size_is_that_of_the_network(recipe, layer_norm):
-    """It is computed without PyTorch, by a formula that leaves out biases and norms."""
+def test_network_size_is_that_of_the_recipes_networks(recipe):
     config = RECIPES[recipe]()
-    config = replace(config, network=replace(config.network, layer_norm=layer_norm))
     spec = probe(config.env)
-    network = QNetwork(config.network, spec)
+    assert plan.network_size(config, spec) == counted(config, spec)
+
+
+OPTIONS = [
+    {"dueling": [False, True], "layer_norm": [False, True], "noisy_sigma": [None, 0.5]},
+    {"hidden_sizes": [(), (8,), (12, 7)], "distribution": ["expectation", "categorical", "quantile", "implicit_quantile"]},
+]
+TORSOS = [
+    {"torso": "mlp"},
+    {"torso": "dqn2013"},
+    {"torso": "nature", "adaptive_pool": 3},
+    {"torso": "impala", "width": 2, "adaptive_pool": 6},
+    {"torso": "impala", "spectral_norm": True},
+]
+FEW = {"num_atoms": 5, "num_quantiles": 4, "num_cosines": 6}
+
+
+@pytest.mark.parametrize("torso", TORSOS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=["heads", "outputs"])
+def test_network_size_is_that_of_the_network_for_every_option(torso, options):
+    """Of planes that are not square, so that rows and columns are told apart. Kills: a bias, a norm, a head, a sigma left out."""
+    spec = EnvSpec((84, 61), "|u1", 3, 5)
+    base = RECIPES["pong"]()
+    learner = replace(base.learner, num_quantile_samples=7, num_target_quantile_samples=3)
+    sizes = set()
+    for values in itertools.product(*options.values()):
+        chosen = dict(zip(options, values, strict=True))
+        network = NetworkConfig(**{"hidden_sizes": (8,), "dueling": True, **torso, **FEW, **chosen})
+        config = replace(base, network=network, learner=learner)
+        size = plan.network_size(config, spec)
+        assert size == counted(config, spec), chosen
+        sizes.add(size)
+    assert len(sizes) == math.prod(len(values) for values in options.values())
+
+
+def counted(config, spec):
+    """Counts a network's parameters, and the values in a pass of it by what its layers say that they are given and give."""
+    network = make_network(config.network, spec, 0)
+    num_quantiles = max(config.learner.num_quantile_samples, config.learner.num_target_quantile_samples)
     values = 0
 
-    def count(_module, _inputs, output):
+    def count(module, inputs, output):
         nonlocal values
         values += output.numel()
+        if isinstance(module, layers.NoisyLinear):
+            values += inputs[0].numel() + 2 * output.numel()  # The scaled input, the noisy output, and that scaled.
+        if isinstance(module, layers.CosineEmbedding):  # The embedding once more for its product with the features.
+            values += output.numel() + 2 * num_quantiles * config.network.num_cosines
 
     for module in network.modules():
-        if not list(module.children()):
+        is_leaf = not list(module.children()) and not isinstance(module, nn.Sequential)  # The mlp torso is an empty one.
+        if is_leaf or isinstance(module, layers.ResidualBlock | layers.CosineEmbedding):
             module.register_forward_hook(count)
-    network(torch.zeros((1, spec.frame_stack, *spec.plane_shape)))
-    params = sum(param.numel() for param in network.parameters())
-    assert plan.network_size(config, spec) == (pytest.approx(params, rel=0.06), pytest.approx(values, rel=0.03))
+    taus = torch.zeros((1, num_quantiles)) if config.network.distribution == "implicit_quantile" else None
+    network.distribution(torch.zeros((1, spec.frame_stack, *spec.plane_shape)), taus=taus)
+    return sum(param.numel() for param in network.parameters()), values
 
 
 def test_plan_adds_up_what_every_role_takes(plenty):
