@@ -72,6 +72,6 @@ def _meet(address: str, rank: int, num_ranks: int, timeout: datetime.timedelta) 
     if rank == 0:
         server = socket.create_server((host, int(port)))
         listener = server.detach()
-    return dist.TCPStore(
+    return dist.TCPStore(  # type: ignore[attr-defined]
         host, int(port), num_ranks, is_master=rank == 0, timeout=timeout, master_listen_fd=listener, use_libuv=False
     )
