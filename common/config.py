@@ -376,6 +376,9 @@ class LearnerConfig:
     importance_exponent: float = 0.4
     """beta of Schaul et al. 2016. It has no effect where all items are equally probable."""
 
+    importance_anneal_updates: int | None = None
+    """Updates over which beta rises linearly from importance_exponent to 1. None: it stays (Ape-X)."""
+
     priority_floor: float = 1e-3
     """Added to abs(td_error), so that every transition can be drawn again."""
 
@@ -420,6 +423,7 @@ class LearnerConfig:
         _require_positive("learner", self, "target_period_updates", "prefetch_batches", "publish_period_updates")
         _require_positive("learner", self, "checkpoint_period_seconds", "checkpoints_kept", "num_threads", "priority_floor")
         _require_positive("learner", self, "entropy_temperature", "num_quantile_samples", "num_target_quantile_samples")
+        _require_positive("learner", self, "importance_anneal_updates")
         _require_positive("learner", self, "num_devices")
         _require_fraction("learner", self, "importance_exponent", "target_soft_rate", "rmsprop_decay", "munchausen_coefficient")
         _require(self.munchausen_clip <= 0, f"learner.munchausen_clip must not be positive, got {self.munchausen_clip}")

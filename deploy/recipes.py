@@ -277,6 +277,202 @@ def apex() -> RunConfig:
     )
 
 
+def double() -> RunConfig:
+    """Double DQN (van Hasselt et al. 2016, arXiv:1509.06461), the tuned settings as in dqn_zoo's `double_q`.
+
+    RMSProp's epsilon stands under the root in the papers and beside it in PyTorch: sqrt(0.01) / 32 is theirs for a mean over 32. One
+    update for four steps is 8 samples per insert. One actor steps 8 environments, where the papers have one.
+    """
+    return RunConfig(
+        recipe="double",
+        env=EnvConfig(game="pong", frame_stack=4),
+        network=NetworkConfig(torso="nature", hidden_sizes=(512,)),
+        actors=ActorsConfig(
+            reward_clip=1.0,
+            exploration=ExplorationConfig(kind="linear", final=0.01, decay_steps=1_000_000),
+        ),
+        replay=ReplayConfig(capacity=1_000_000, memory=ByteSize(2 * GIB), min_size=50_000, samples_per_insert=8.0),
+        learner=LearnerConfig(
+            batch_size=32,
+            optimizer="rmsprop",
+            learning_rate=2.5e-4,
+            optimizer_epsilon=0.1 / 32,
+            max_grad_norm=None,
+            target_period_updates=7_500,  # 120,000 frames.
+        ),
+        evaluation=EvaluationConfig(period_seconds=300.0, epsilon=0.01),
+    )
+
+
+def dueling() -> RunConfig:
+    """Dueling double DQN (Wang et al. 2016, arXiv:1511.06581): the two heads, gradients clipped, a lower learning rate.
+
+    The paper also divides the gradient that both heads send into the torso by sqrt(2), which is not done here.
+    """
+    base = double()
+    return replace(
+        base,
+        recipe="dueling",
+        network=replace(base.network, dueling=True),
+        learner=replace(base.learner, learning_rate=6.25e-5, max_grad_norm=10.0),
+    )
+
+
+def prioritized() -> RunConfig:
+    """Prioritized double DQN (Schaul et al. 2016, arXiv:1511.05952), proportional, as in dqn_zoo's `prioritized`."""
+    base = double()
+    return replace(
+        base,
+        recipe="prioritized",
+        replay=replace(base.replay, priority_exponent=0.6),
+        learner=replace(
+            base.learner,
+            learning_rate=2.5e-4 / 4,
+            optimizer_epsilon=0.1 / 32 / 4,
+            importance_exponent=0.4,
+            importance_anneal_updates=12_500_000,  # 200 M frames.
+        ),
+    )
+
+
+def c51() -> RunConfig:
+    """C51 (Bellemare et al. 2017, arXiv:1707.06887), 51 atoms in [-10, 10], as in dqn_zoo's `c51`."""
+    base = double()
+    return replace(
+        base,
+        recipe="c51",
+        network=replace(base.network, distribution="categorical"),
+        learner=replace(
+            base.learner,
+            algorithm="q_learning",
+            optimizer="adam",
+            learning_rate=2.5e-4,
+            optimizer_epsilon=0.01 / 32,
+            max_grad_norm=10.0,
+            target_period_updates=2_500,  # 40,000 frames.
+        ),
+        evaluation=replace(base.evaluation, epsilon=0.001),
+    )
+
+
+def qr_dqn() -> RunConfig:
+    """QR-DQN-1 (Dabney et al. 2018, arXiv:1710.10044), 200 quantiles, kappa 1."""
+    base = c51()
+    return replace(
+        base,
+        recipe="qr-dqn",
+        network=replace(base.network, distribution="quantile"),
+        learner=replace(base.learner, learning_rate=5e-5, max_grad_norm=None),
+    )
+
+
+def iqn() -> RunConfig:
+    """IQN (Dabney et al. 2018, arXiv:1806.06923): N = N' = 64 quantiles drawn, kappa 1, 32 midpoints when acting."""
+    base = qr_dqn()
+    return replace(
+        base,
+        recipe="iqn",
+        network=replace(base.network, distribution="implicit_quantile"),
+        replay=replace(base.replay, min_size=20_000),
+    )
+
+
+def munchausen_iqn() -> RunConfig:
+    """Munchausen-IQN (Vieillard et al. 2020, arXiv:2007.14430): alpha 0.9, tau 0.03, l_0 = -1, on Dopamine's IQN, sticky actions."""
+    base = iqn()
+    return replace(
+        base,
+        recipe="munchausen-iqn",
+        env=replace(base.env, sticky_action_probability=0.25),
+        actors=replace(base.actors, exploration=replace(base.actors.exploration, decay_steps=250_000)),
+        learner=replace(
+            base.learner,
+            algorithm="munchausen_q_learning",
+            target_period_updates=2_000,  # 8,000 steps.
+        ),
+    )
+
+
+def rainbow() -> RunConfig:
+    """Rainbow (Hessel et al. 2018, arXiv:1710.02298): double, dueling, prioritized, n = 3, 51 atoms, noisy layers instead of epsilon.
+
+    Priorities are of the expected TD error, where the paper takes the cross-entropy: so that those which actors give first and
+    those of the learner are one quantity. Gradients are clipped as in dqn_zoo.
+    """
+    base = c51()
+    return replace(
+        base,
+        recipe="rainbow",
+        network=replace(base.network, dueling=True, noisy_sigma=0.5),
+        actors=replace(base.actors, n_step=3, exploration=_none()),
+        replay=replace(base.replay, min_size=20_000, priority_exponent=0.5),
+        learner=replace(
+            base.learner,
+            algorithm="double_q_learning",
+            learning_rate=6.25e-5,
+            optimizer_epsilon=1.5e-4,
+            target_period_updates=2_000,  # 32,000 frames.
+            importance_exponent=0.4,
+            importance_anneal_updates=12_500_000,  # 200 M frames.
+        ),
+        evaluation=replace(base.evaluation, epsilon=0.0),
+    )
+
+
+def btr() -> RunConfig:
+    """Beyond the Rainbow (Clark et al. 2024, arXiv:2411.03820): a wide residual torso, IQN, Munchausen and noisy layers, for one GPU.
+
+    Batches of 256, 64 environments, one update for each of their steps: 4 samples per insert. Epsilon falls on top of the noise.
+    """
+    return RunConfig(
+        recipe="btr",
+        env=EnvConfig(game="pong", frame_stack=4, sticky_action_probability=0.25, life_loss_terminates=True),
+        network=NetworkConfig(
+            torso="impala",
+            width=2,
+            adaptive_pool=6,
+            spectral_norm=True,
+            hidden_sizes=(512,),
+            dueling=True,
+            noisy_sigma=0.5,
+            distribution="implicit_quantile",
+            num_policy_quantiles=8,
+        ),
+        actors=ActorsConfig(
+            num_envs=64,
+            n_step=3,
+            discount=0.997,
+            reward_clip=1.0,
+            exploration=ExplorationConfig(kind="linear", final=0.01, decay_steps=2_000_000),
+        ),
+        replay=ReplayConfig(
+            capacity=2**20,
+            memory=ByteSize(2 * GIB),
+            min_size=200_000,
+            samples_per_insert=4.0,
+            priority_exponent=0.2,
+        ),
+        learner=LearnerConfig(
+            algorithm="munchausen_q_learning",
+            batch_size=256,
+            num_quantile_samples=8,
+            num_target_quantile_samples=8,
+            learning_rate=1e-4,
+            optimizer_epsilon=0.005 / 256,
+            max_grad_norm=10.0,
+            target_period_updates=500,
+            importance_exponent=0.4,
+            importance_anneal_updates=781_250,  # 200 M frames.
+        ),
+        evaluation=EvaluationConfig(period_seconds=300.0, epsilon=0.01),
+    )
+
+
+def _none() -> ExplorationConfig:
+    """No random actions."""
+    return ExplorationConfig(kind="linear", initial=0.0, final=0.0, decay_steps=1)
+
+
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "cartpole": cartpole,
     "cartpole-keras-rl": cartpole_keras_rl,
@@ -286,5 +482,14 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "breakout": breakout,
     "nature": nature,
     "dqn-2013": dqn_2013,
+    "double": double,
+    "dueling": dueling,
+    "prioritized": prioritized,
+    "c51": c51,
+    "qr-dqn": qr_dqn,
+    "iqn": iqn,
+    "munchausen-iqn": munchausen_iqn,
+    "rainbow": rainbow,
     "apex": apex,
+    "btr": btr,
 }

@@ -133,7 +133,7 @@ class BatchSource:
         """`num_items` is how many each reader's shard is asked for."""
         self._readers = readers
         self._num_items = num_items
-        self._importance_exponent, self._transfer = importance_exponent, transfer
+        self.importance_exponent, self._transfer = importance_exponent, transfer
         self._prefetch_batches, self._prefetch_threads = prefetch_batches, prefetch_threads
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(prefetch_batches)
         self._stopping = threading.Event()
@@ -208,7 +208,7 @@ class BatchSource:
         if parts is None:
             return None
         try:
-            return merge(parts, importance_exponent=self._importance_exponent, transfer=self._transfer)
+            return merge(parts, importance_exponent=self.importance_exponent, transfer=self._transfer)
         except WireError as error:
             with self._collecting:
                 self._drop(f"a batch cannot be unpacked: {error}")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common import params as params_module
-from common import wire
+from common import schedules, wire
 from common.config import MAX_PREFETCH_THREADS, LearnerConfig
 from common.errors import CheckpointError, NonFiniteError
 from common.messages import Array, ParamsSnapshot
@@ -207,6 +207,7 @@ class Learner:
         self._target.load_state_dict(_to_torch(saved.tensors["target"]))
         _restore_optimizer(self._optimizer, _to_torch(saved.tensors["optimizer"]))
         self._stats.updates, self._stats.samples = saved.meta["updates"], saved.meta["samples"]
+        self._anneal()
 
     def digest(self) -> str:
         """Returns the digest of the online parameters."""
@@ -235,9 +236,17 @@ class Learner:
         stats.samples += self._config.batch_size
         stats.params_lag_updates = stats.updates - batch.mean_params_version
         self._update.update_target(stats.updates)
+        self._anneal()
         if stats.updates % self._config.publish_period_updates == 0 and self._is_first:
             self.publish()
         stats.busy_seconds += time.monotonic() - started
+
+    def _anneal(self) -> None:
+        """Gives batches that are drawn from now on the importance exponent of this update."""
+        config, num = self._config, self._config.importance_anneal_updates
+        if num is not None:
+            first = config.importance_exponent
+            self._source.importance_exponent = schedules.linear(self.updates, initial=first, final=1.0, num=num)
 
     @property
     def _is_first(self) -> bool:
