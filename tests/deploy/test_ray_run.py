@@ -90,7 +90,7 @@ def test_a_killed_actor_is_replaced_and_an_interrupted_run_goes_on(start):
     status, first = run.end()
     assert status == 130 and first["stopped_by"] == "interrupted"
     assert "actor 1 died" in run.log.read_text()
-    assert "parameters" not in run.log.read_text()  # No alarm about any actor, the new one included.
+    assert "the learner has published" not in run.log.read_text()  # No alarm about any actor, the new one included.
     _check_ledger(first["ledger"], lost_causes={"actor died"})
     assert [path.name for path in sorted((run.path / "checkpoints").iterdir())][-1].startswith(f"{first['updates']:010d}")
 
@@ -157,7 +157,7 @@ def test_an_actor_that_never_gets_parameters_is_named(start):
     run.wait_for("more rows", lambda: len(run.rows()) > rows + 8)
     run.process.send_signal(signal.SIGINT)
     status, _ = run.end()
-    alarms = [line for line in run.log.read_text().splitlines() if "parameters" in line]
+    alarms = [line for line in run.log.read_text().splitlines() if "the learner has published" in line]
     assert status == 130 and len(alarms) == 1 and "actor 1 has never received parameters and acts for" in alarms[0]
     row = run.rows()[-2]
     # Actors 0 and 2 stay near the learner, actor 1 where it began.
