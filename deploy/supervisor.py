@@ -7,6 +7,7 @@ out, Ray kills the newest first.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -45,6 +46,10 @@ _MAX_DEATHS, _DEATHS_SECONDS = 5, 60.0  # A slot that dies so often within so lo
 
 class RunFault(RuntimeError):
     """Something that the run cannot go on from. Its text is one line."""
+
+
+class WorkerDied(RunFault):
+    """A worker died while it was asked for something."""
 
 
 class _Call(NamedTuple):
@@ -268,7 +273,8 @@ class Supervisor:
                     self._recorder.row()
                 if now >= next_checkpoint:
                     next_checkpoint = now + config.learner.checkpoint_period_seconds
-                    self._save()
+                    with contextlib.suppress(WorkerDied):  # The learner's call under way will say so.
+                        self._save()
             self._drain_role("learner")
             self._drain_actors()
             digest = self._finish(stopped_by)
@@ -512,7 +518,7 @@ class Supervisor:
                 raise type(error.cause)(str(error.cause)) from error
             raise RunFault(f"while waiting for {what}: {_one_line(error)}") from error
         except RayActorError as error:
-            raise RunFault(f"{what}: the worker died: {_one_line(error)}") from error
+            raise WorkerDied(f"{what}: the worker died: {_one_line(error)}") from error
 
 
 def make_temp_dir() -> str:

@@ -234,7 +234,8 @@ class Learner:
         self._update.apply()
         stats.updates += 1
         stats.samples += self._config.batch_size
-        stats.params_lag_updates = stats.updates - batch.mean_params_version
+        # Not below 0: after a restart from a checkpoint, actors have acted with versions that are yet to come.
+        stats.params_lag_updates = max(stats.updates - batch.mean_params_version, 0.0)
         self._update.update_target(stats.updates)
         self._anneal()
         if stats.updates % self._config.publish_period_updates == 0 and self._is_first:

@@ -70,14 +70,16 @@ def test_dueling_has_a_second_stream_and_subtracts_the_mean():
 
 
 def test_values_are_computed_from_pixels_divided_by_255():
-    """The first convolution sees [0, 1]. Kills: no scale; 256; a scale for vectors too."""
+    """Pixels travel as whole numbers, and the first convolution scales them. Kills: no scale; 256; a scale for vectors too."""
     network = make_network(DQN2013, PIXELS, seed=0)
-    seen = []
-    network.torso[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
     observations = pixels(2)
-    network(observations)
-    torch.testing.assert_close(seen[0], observations.float() / 255, rtol=1e-6, atol=0)
-    assert seen[0].max() == 1.0  # 255 is in the noise.
+    prepared = network.prepare(observations, torch.bfloat16)
+    assert torch.equal(prepared.long(), observations.long()) and prepared.max() == 255
+    first = network.torso[0]
+    expected = torch.conv2d(observations.float() / 255, first.weight, first.bias, stride=4)
+    torch.testing.assert_close(first(observations.float()), expected, rtol=1e-4, atol=1e-5)
+    wrong = torch.conv2d(observations.float() / 256, first.weight, first.bias, stride=4)
+    assert (wrong - expected).abs().max() > 1e-4  # 256 would be seen.
     vectors = torch.tensor([[[300.0, -2.0, 0.5, 1.0]]])
     linear = make_network(NetworkConfig(hidden_sizes=()), VECTORS, seed=0)
     layer = linear.advantage[0]
@@ -420,3 +422,21 @@ def test_a_pass_is_one_graph_without_breaks(distribution):
     compiled = torch.compile(output, fullgraph=True, backend="eager")
     for one, other in zip(compiled(*arguments), output(*arguments), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("torso", ["dqn2013", "nature"])
+def test_space_to_depth_is_the_same_convolution(torso):
+    """The same parameters, and equal outputs and gradients in fp32, but for the order of sums."""
+    network = make_network(NetworkConfig(torso=torso, hidden_sizes=(16,)), PIXELS, seed=0)
+    observations = pixels(6)
+    results = []
+    for in_blocks in (False, True):
+        prepared = network.prepare(observations, torch.float32, in_blocks=in_blocks)
+        assert prepared.shape[1:] == ((64, 21, 21) if in_blocks else (4, 84, 84))
+        values = network.values(prepared)
+        results.append([values, *torch.autograd.grad(values.square().sum(), list(network.parameters()))])
+    for plain, blocks in zip(*results, strict=True):
+        torch.testing.assert_close(plain, blocks, rtol=1e-4, atol=1e-4 * float(plain.detach().abs().max()))
+    first = network.torso[0]  # A block's channels in another order would be seen.
+    shuffled = torch.conv2d(prepared.flip(1), torch.nn.functional.pixel_unshuffle(first.weight, 4) / 255, first.bias)
+    assert (shuffled - first(prepared)).abs().max() > 1e-3

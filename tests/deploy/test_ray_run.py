@@ -102,13 +102,42 @@ def test_a_killed_actor_is_replaced_and_an_interrupted_run_goes_on(start):
     _check_ledger(second["ledger"], lost_causes=set())
 
 
-def test_a_killed_learner_ends_the_run_with_its_checkpoint_and_one_line(start):
+def test_a_killed_learner_goes_on_from_its_checkpoint(start):
     run = start("--max-updates", "1000000", "--learner.checkpoint-period-seconds", "2")
-    run.wait_for("a checkpoint", lambda: any((run.path / "checkpoints").glob("0*")))
-    os.kill(run.workers()["learner"]["pid"], signal.SIGKILL)
+    run.wait_for("a checkpoint", lambda: len(list((run.path / "checkpoints").glob("0*"))) > 1)
+    victim = run.workers()["learner"]["pid"]
+    os.kill(victim, signal.SIGKILL)
+    run.wait_for("a new learner", lambda: run.workers()["learner"]["pid"] != victim)
+    newest = max(int(path.name[:10]) for path in (run.path / "checkpoints").glob("0*"))
+    run.wait_for("more updates", lambda: run.updates() > newest + 50)
+    run.process.send_signal(signal.SIGINT)
     status, summary = run.end()
-    assert status == 1 and summary["stopped_by"] == "fault" and "the learner died" in summary["fault"]
-    assert any((run.path / "checkpoints").glob("0*"))
+    assert status == 130 and summary["updates"] > newest + 50
+    assert run.log.read_text().count("it goes on from checkpoint") == 1
+    _check_ledger(summary["ledger"], lost_causes=set())
+
+
+def test_a_killed_rank_restarts_all_and_the_run_ends_well(start):
+    ranks = ["--learner.num-devices", "2", "--learner.device", "cpu"]
+    run = start("--max-updates", "1000000", "--learner.checkpoint-period-seconds", "2", *ranks)
+    run.wait_for("a checkpoint", lambda: len(list((run.path / "checkpoints").glob("0*"))) > 1)
+    before = run.workers()
+    assert {"learner0", "learner1"} <= set(before)
+    os.kill(before["learner1"]["pid"], signal.SIGKILL)
+    run.wait_for(
+        "two new ranks", lambda: all(run.workers()[name]["pid"] != before[name]["pid"] for name in ("learner0", "learner1"))
+    )
+    restarted = run.updates()
+    run.wait_for("more updates", lambda: run.updates() > restarted + 50)
+    run.process.send_signal(signal.SIGINT)
+    status, summary = run.end()
+    assert status == 130
+    assert "the learner died" in run.log.read_text() and "it goes on from checkpoint" in run.log.read_text()
+    _check_ledger(summary["ledger"], lost_causes=set())
+
+    again = start("--max-updates", str(summary["updates"] + 50), *ranks)
+    status, second = again.end(150)
+    assert status == 0 and second["updates"] == summary["updates"] + 50
 
 
 def test_a_killed_store_ends_the_run_and_is_named(start):
