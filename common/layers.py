@@ -80,7 +80,7 @@ def make_head(num_in: int, hidden_sizes: tuple[int, ...], num_out: int, *, layer
     for size in hidden_sizes:
         layers.append(_linear(num_in, size, noisy_sigma))
         layers += [nn.LayerNorm(size)] if layer_norm else []
-        layers.append(nn.ReLU())
+        layers.append(nn.ReLU(inplace=True))
         num_in = size
     return Head(*layers, _linear(num_in, num_out, noisy_sigma))
 
@@ -194,7 +194,7 @@ def make_torso(
     adaptive_pool: int | None,
     scale: float,
 ) -> tuple[nn.Sequential, int]:
-    """Returns the layers, and how many features they give when flattened. Convolutional ones multiply pixels by `scale`."""
+    """Returns the layers, and how many features they give when flattened. ReLUs overwrite where nobody else reads. Convolutional ones multiply pixels by `scale`."""
     if name == "mlp":
         return nn.Sequential(), num_planes * math.prod(plane_shape)
     if len(plane_shape) != 2:
@@ -211,13 +211,13 @@ def make_torso(
             ]
             channels, height, columns = out_channels, halved(height), halved(columns)
         layers += [nn.GroupNorm(1, channels)] if layer_norm else []
-        layers.append(nn.ReLU())
+        layers.append(nn.ReLU(inplace=True))
     else:
         for out_channels, kernel, stride in CONVOLUTIONS[name]:
             convolution = nn.Conv2d if layers else partial(PixelConv2d, scale=scale)
             layers.append(convolution(channels, out_channels, kernel, stride))
             layers += [nn.GroupNorm(1, out_channels)] if layer_norm else []
-            layers.append(nn.ReLU())
+            layers.append(nn.ReLU(inplace=True))
             channels, height, columns = out_channels, (height - kernel) // stride + 1, (columns - kernel) // stride + 1
     if adaptive_pool is not None:
         if adaptive_pool > min(height, columns):
@@ -226,4 +226,7 @@ def make_torso(
             )
         layers.append(nn.AdaptiveMaxPool2d(adaptive_pool))
         height = columns = adaptive_pool
+    else:
+        # Before the last ReLU: whose backward pass would take five times as long between channels last and flat gradients.
+        layers.insert(-1, nn.Flatten())
     return nn.Sequential(*layers), channels * height * columns

@@ -77,6 +77,7 @@ class Supervisor:
         self._deaths: dict[tuple[str, int], deque[float]] = {}
         self._shards: list[Any] = []
         self._learners: list[Any] = []  # By rank; the first one publishes and saves.
+        self._learns = False  # Else the learner is being made.
         self._group: PlacementGroup | None = None
         self._store: Any = None
         self._evaluator: Any = None
@@ -194,6 +195,7 @@ class Supervisor:
 
     def _start_learners(self) -> None:
         """Has them prefetch, and learn."""
+        self._learns = True
         self._answers([worker.call.remote("start") for worker in self._learners], _ANSWER_SECONDS, "the learner to prefetch")
         self._call_learners()
 
@@ -212,6 +214,7 @@ class Supervisor:
         checkpoint = run_dirs.newest_checkpoint_path(self._run_dir.path)
         assert checkpoint is not None, "one is written before the first update"
         self._progress.epoch += 1
+        self._learns = False
         self._recorder.event(
             f"the learner died ({_one_line(error)}) after update {self._progress.updates:,}; it goes on from checkpoint {checkpoint.name}"
         )
@@ -271,7 +274,7 @@ class Supervisor:
                     self._adjust()
                     self._read_shards()
                     self._recorder.row()
-                if now >= next_checkpoint:
+                if now >= next_checkpoint and self._learns:
                     next_checkpoint = now + config.learner.checkpoint_period_seconds
                     with contextlib.suppress(WorkerDied):  # The learner's call under way will say so.
                         self._save()
@@ -305,11 +308,11 @@ class Supervisor:
         ray.wait(list(self._calls), num_returns=1, timeout=0.5)
         ready, overdue = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
         for call in ready:
-            self._on_answer(call)
+            if call in self._calls:  # A restart of the learner has given up the calls of all its ranks.
+                self._on_answer(call)
         for call in overdue:
-            role, index, deadline = self._calls[call]
-            if time.monotonic() > deadline:
-                self._calls.pop(call)
+            if call in self._calls and time.monotonic() > self._calls[call].deadline:
+                role, index, _ = self._calls.pop(call)
                 self._on_death(role, index, ray.exceptions.GetTimeoutError("it gave no answer: it hangs"))
 
     def _on_answer(self, call: Any) -> None:

@@ -16,8 +16,9 @@ from learner import losses
 class Draws(NamedTuple):
     """All that is random in one update. Drawn outside of it, so that the update itself can be recorded and replayed."""
 
-    noise: Tensor
-    """f32[4, 1, num_noise] for the four passes: online and target at the source, online and target at the destination."""
+    noise: Tensor | None
+    """Noisy layers: f32[4, 1, num_noise] for the four passes: online and target at the source, online and target at the
+    destination."""
     taus_tm1: Tensor | None
     """implicit_quantile: f32[B, N] of the predictions."""
     taus_t: Tensor | None
@@ -57,7 +58,7 @@ class Objective:
 
     def draw(self, network: QNetwork, batch_size: int, generator: torch.Generator) -> Draws:
         """Draws what one update needs, on the generator's device."""
-        noise = network.draw_noise(4, generator)[:, None]
+        noise = network.draw_noise(4, generator)[:, None] if network.num_noise else None
         if not network.takes_taus:
             return Draws(noise, None, None)
         taus_tm1, taus_t = (torch.rand(batch_size, num, generator=generator, device=generator.device) for num in self._num_taus)
@@ -75,7 +76,7 @@ class Objective:
         draws: Draws,
     ) -> Terms:
         """Returns the terms of a batch; s_tm1 and s_t are what `QNetwork.prepare` made."""
-        noise = draws.noise if online.num_noise else [None] * 4
+        noise = draws.noise if draws.noise is not None else [None] * 4
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             outputs_tm1 = online.distribution(s_tm1, noise=noise[0], taus=draws.taus_tm1)
             with torch.no_grad():

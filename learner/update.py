@@ -82,7 +82,7 @@ class Update:
                 batch.discount_t,
                 batch.s_t,
                 batch.importance_weight * factor,
-                *(draw for draw in draws if draw is not None),
+                *draws,
             )
             if self._group is not None:
                 sums, *gradients = self._group.sum([sums, *gradients])
@@ -127,13 +127,17 @@ class Update:
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _gradients(
-        self, s_tm1: Tensor, a_tm1: Tensor, r_t: Tensor, discount_t: Tensor, s_t: Tensor, factor: Tensor, *drawn: Tensor
+        self,
+        s_tm1: Tensor,
+        a_tm1: Tensor,
+        r_t: Tensor,
+        discount_t: Tensor,
+        s_t: Tensor,
+        factor: Tensor,
+        *drawn: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Returns td_error f32[B], the sums f32[2] of loss and value, and the gradients of all parameters."""
-        noise, taus_tm1, taus_t = (*drawn, None, None)[:3]
-        assert noise is not None
-        draws = Draws(noise, taus_tm1, taus_t)
-        terms = self._terms(self.online, self.target, s_tm1, a_tm1, r_t, discount_t, s_t, draws)
+        terms = self._terms(self.online, self.target, s_tm1, a_tm1, r_t, discount_t, s_t, Draws(*drawn))
         loss = (terms.loss * factor).sum()
         gradients = torch.autograd.grad(loss, self._parameters)
         value = terms.value.sum() / self._config.batch_size
@@ -153,21 +157,22 @@ class RecordedFunction:
         self._function = function
         self._num_calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: list[Tensor] = []
+        self._inputs: list[Tensor | None] = []
         self._outputs: tuple[Tensor, ...] = ()
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         self._num_calls += 1
         if self._num_calls <= _EAGER_CALLS:
             return self._function(*inputs)
         if self._graph is None:
-            self._inputs = [tensor.clone() for tensor in inputs]
+            self._inputs = [tensor.clone() if tensor is not None else None for tensor in inputs]
             self._graph = torch.cuda.CUDAGraph()
             # Other threads of this process copy and convert batches meanwhile.
             with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 self._outputs = self._function(*self._inputs)
         for mine, given in zip(self._inputs, inputs, strict=True):
-            mine.copy_(given)
+            if mine is not None and given is not None:
+                mine.copy_(given)
         self._graph.replay()
         return self._outputs
 
