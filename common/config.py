@@ -515,6 +515,10 @@ class RunConfig:
             not self.serial or self.learner.num_devices == 1,
             "a serial run is one process: leave out --learner.num-devices, or --serial",
         )
+        _require(
+            self.learner.memory_format != "space_to_depth" or self.network.torso in ("dqn2013", "nature"),
+            f"learner.memory_format space_to_depth is for the 8x8/4 convolutions of dqn2013 and nature, not for torso {self.network.torso}: use auto",
+        )
         categorical = self.network.distribution == "categorical"
         _require(
             not (categorical and self.learner.algorithm == "munchausen_q_learning"),

@@ -53,6 +53,8 @@ class Batch:
     """Of the parameters that acted."""
     ready: torch.cuda.Event | None
     """What a GPU's stream must wait for before it reads the tensors."""
+    pinned: Array | None
+    """The memory that a GPU copies the observations from: held until the update is done, or another batch would be written over it."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns those of its fields that are tensors, by name."""
@@ -96,6 +98,7 @@ def merge(parts: Sequence[SampleBatch], *, importance_exponent: float, transfer:
             shares=tuple((part.shard_index, part.shard_epoch, part.item_id.copy()) for part in parts),
             mean_params_version=float(np.mean(np.concatenate([part.params_version for part in parts]))),
             ready=transfer.ready(),
+            pinned=stacks if transfer.is_late else None,
         )
 
 

@@ -31,6 +31,11 @@ class Transfer:
         self._device, self._prepare = device, prepare
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
+    @property
+    def is_late(self) -> bool:
+        """Whether what is brought arrives later, see `ready`: its source must stay as it is until then."""
+        return self._stream is not None
+
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Returns an array to unpack into, in pinned memory where there is a GPU."""
         if self._stream is None:

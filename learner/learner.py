@@ -203,9 +203,10 @@ class Learner:
         saved = checkpoints.read(path)
         if saved.meta["layout"] != params_module.layout(self._online):
             raise CheckpointError(f"checkpoint {path}: it is of another network than this run's configuration describes")
-        self._online.load_state_dict(_to_torch(saved.tensors["online"]))
-        self._target.load_state_dict(_to_torch(saved.tensors["target"]))
-        _restore_optimizer(self._optimizer, _to_torch(saved.tensors["optimizer"]))
+        with self._update.on_stream():
+            self._online.load_state_dict(_to_torch(saved.tensors["online"]))
+            self._target.load_state_dict(_to_torch(saved.tensors["target"]))
+            _restore_optimizer(self._optimizer, _to_torch(saved.tensors["optimizer"]))
         self._stats.updates, self._stats.samples = saved.meta["updates"], saved.meta["samples"]
         self._anneal()
 
@@ -275,7 +276,8 @@ class Learner:
         self._update.wait()
 
     def _save_bad_batch(self, batch: Batch, what: str) -> None:
-        path = self._run_dir / f"bad_batch_{self._stats.updates:010d}.safetensors"
+        part = "" if self._group is None else f"-rank{self._group.rank}"
+        path = self._run_dir / f"bad_batch_{self._stats.updates:010d}{part}.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in batch.tensors().items()}, path)
         raise NonFiniteError(
             f"{what} at update {self._stats.updates}; its batch is saved in {path}, and the last checkpoint is kept"

@@ -51,7 +51,10 @@ class Update:
         self._parameters = list(self.online.parameters())
         self._objective = Objective(config, self.online, device, dtype)
         self._generator = torch.Generator(device).manual_seed(seed)
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream: Any = None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # What was copied above is there.
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._differentiate: Callable[..., tuple[Tensor, ...]] = self._gradients
         self._step: Callable[[], tuple[Tensor, ...]] = self._optimize
         compilation = pick_compilation(config.compilation, device)
@@ -68,7 +71,7 @@ class Update:
           batch: this rank's part.
           weight_scale: what the importance weights are normalized by, over all ranks: at least the batch's own.
         """
-        with self._on_stream():
+        with self.on_stream():
             if batch.ready is not None:
                 self._stream.wait_event(batch.ready)
                 for tensor in batch.tensors().values():
@@ -94,13 +97,13 @@ class Update:
 
     def apply(self) -> None:
         """Takes the optimizer's step."""
-        with self._on_stream():
+        with self.on_stream():
             self._step()
 
     def update_target(self, updates: int) -> None:
         """Copies or moves the target network, as it is due after so many updates."""
         config = self._config
-        with self._on_stream(), torch.no_grad():
+        with self.on_stream(), torch.no_grad():
             if config.target_soft_rate is not None:
                 torch._foreach_lerp_([*self.target.parameters()], [*self._parameters], config.target_soft_rate)
                 for target, online in zip(self.target.buffers(), self.online.buffers(), strict=True):
@@ -110,7 +113,7 @@ class Update:
 
     def report(self, results: Results) -> tuple[Tensor, torch.cuda.Event | None]:
         """Starts to bring f32[B + 3], the TD errors and the scalars, to the host; returns them and what to wait for first."""
-        with self._on_stream():
+        with self.on_stream():
             on_device = torch.cat([results.td_error, results.scalars])
             if self._stream is None:
                 return on_device, None
@@ -118,13 +121,14 @@ class Update:
             on_host.copy_(on_device, non_blocking=True)
             return on_host, self._stream.record_event()
 
+    def on_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns the context in which all that touches the networks happens on a GPU."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
     def wait(self) -> None:
         """Waits until the device has done all that it was given: before anyone reads a network."""
         if self._stream is not None:
             self._stream.synchronize()
-
-    def _on_stream(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _gradients(
         self,

@@ -132,6 +132,57 @@ def test_the_ends_of_a_fraction_are_in_range():
     EnvConfig(game="pong", noop_max=0)
 
 
+def of_atari(**sections):
+    return RunConfig(recipe="r", env=PONG, **sections)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: NetworkConfig(num_atoms=1), r"^network\.num_atoms must be at least 2, got 1"),
+        (
+            lambda: NetworkConfig(value_min=3.0, value_max=3.0),
+            r"^network\.value_min 3\.0 must be less than network\.value_max 3\.0",
+        ),
+        (lambda: NetworkConfig(torso="nature", width=2), r"^network\.width is of the impala torso"),
+        (lambda: NetworkConfig(torso="nature", spectral_norm=True), r"^network\.spectral_norm is of the impala torso"),
+        (lambda: NetworkConfig(adaptive_pool=6), r"^network\.adaptive_pool is of convolutional torsos"),
+        (
+            lambda: NetworkConfig(distribution="quantile", value_rescaling=True),
+            r"^network\.value_rescaling is of expectations: .* --network\.distribution quantile",
+        ),
+        (lambda: LearnerConfig(munchausen_clip=0.5), r"^learner\.munchausen_clip must not be positive, got 0\.5"),
+        (
+            lambda: of_atari(
+                network=NetworkConfig(distribution="categorical"), learner=LearnerConfig(algorithm="munchausen_q_learning")
+            ),
+            r"^learner\.algorithm munchausen_q_learning is for expectations and quantiles",
+        ),
+        (
+            lambda: of_atari(
+                network=NetworkConfig(value_rescaling=True), learner=LearnerConfig(algorithm="munchausen_q_learning")
+            ),
+            r"^network\.value_rescaling and learner\.algorithm munchausen_q_learning cannot be combined",
+        ),
+        (
+            lambda: of_atari(network=NetworkConfig(torso="impala"), learner=LearnerConfig(memory_format="space_to_depth")),
+            r"^learner\.memory_format space_to_depth is for .* not for torso impala",
+        ),
+        (
+            lambda: of_atari(learner=LearnerConfig(num_devices=2)),
+            r"^learner\.num_devices 2 needs as many shards, each its own: raise --replay\.num-shards",
+        ),
+        (
+            lambda: of_atari(serial=True, learner=LearnerConfig(num_devices=2), replay=ReplayConfig(num_shards=2)),
+            r"^a serial run is one process: leave out --learner\.num-devices, or --serial",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_by_name(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [

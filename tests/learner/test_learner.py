@@ -157,6 +157,22 @@ def test_a_nan_loss_stops_with_the_batch_saved_and_parameters_unchanged(make_lea
     assert [path.name for path in checkpoints.paths(tmp_path / "checkpoints")] == ["0000000002"]
 
 
+def test_beta_rises_to_one_over_its_updates_and_stays(make_learner, tmp_path):
+    learner, *_ = make_learner(importance_exponent=0.4, importance_anneal_updates=4)
+    seen = [learner._source.importance_exponent]
+    for _ in range(6):
+        steps(learner, 1)
+        seen.append(learner._source.importance_exponent)
+    np.testing.assert_allclose(seen, [0.4, 0.55, 0.7, 0.85, 1.0, 1.0, 1.0])
+    name = learner.save({})
+    again, *_ = make_learner(importance_exponent=0.4, importance_anneal_updates=12)
+    again.restore(tmp_path / "checkpoints" / name)
+    assert again._source.importance_exponent == pytest.approx(0.7)
+    constant, *_ = make_learner(importance_exponent=0.4)
+    steps(constant, 6)
+    assert constant._source.importance_exponent == 0.4
+
+
 def test_late_reports_change_no_parameter_and_no_priority(make_learner):
     """On a GPU an update's TD errors are read after the next one was launched; here the same order is asked of a CPU."""
     direct, (at_once,), _ = make_learner()
