@@ -24,7 +24,7 @@ from common.priorities import priority
 from common.protocols import ParamsWriter, ReplayReader
 from learner import checkpoint as checkpoints
 from learner.batches import Batch, BatchSource
-from learner.collective import LearnerGroup
+from learner.collective import Agreement, LearnerGroup
 from learner.update import Update, pick_device
 
 
@@ -135,20 +135,11 @@ class Learner:
             rest = deadline - time.monotonic()
             wants = rest > 0 and (max_updates is None or self._stats.updates < max_updates)
             batch = self._fetch(min(rest, 0.5)) if wants else None
-            if self._group is None:
-                if not wants:
-                    break
-                weight_scale = batch.weight_scale if batch is not None else None
-            else:
-                started = time.monotonic()
-                goes_on, weight_scale = self._group.agree(wants, batch.weight_scale if batch is not None else None)
-                self._stats.waiting_seconds += time.monotonic() - started
-                if not goes_on:
-                    break
-                if weight_scale is None and batch is not None:
-                    self._stats.waits_for = "the learner waits for a batch of another rank"
-            if batch is not None and weight_scale is not None:
-                self._learn(batch, weight_scale)
+            agreed = self._agree(wants, batch)
+            if not agreed.goes_on:
+                break
+            if batch is not None and agreed.weight_scale is not None:
+                self._learn(batch, agreed.weight_scale)
         return self.stats()
 
     def step(self, timeout_seconds: float = 0.0) -> bool:
@@ -224,6 +215,18 @@ class Learner:
             self._read_reports(0)  # The shards need not wait for priorities that are there.
         stats.waiting_seconds += time.monotonic() - started
         return self._batch
+
+    def _agree(self, wants: bool, batch: Batch | None) -> Agreement:
+        """Returns what all ranks do next: whether they go on, and how this batch is weighed against theirs."""
+        weight_scale = batch.weight_scale if batch is not None else None
+        if self._group is None:
+            return Agreement(wants, weight_scale)
+        started = time.monotonic()
+        agreed = self._group.agree(wants, weight_scale)
+        self._stats.waiting_seconds += time.monotonic() - started
+        if batch is not None:
+            self._stats.waits_for = None if agreed.weight_scale is not None else "the learner waits for a batch of another rank"
+        return agreed
 
     def _learn(self, batch: Batch, weight_scale: float) -> None:
         """Does one update with the batch that was fetched."""
