@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from deploy.bench_update import Problem
 
-_TORSOS = {
+TORSOS = {
     "dqn2013": NetworkConfig(torso="dqn2013", hidden_sizes=(256,)),
     "nature": NetworkConfig(torso="nature", hidden_sizes=(512,)),
     "impala": NetworkConfig(torso="impala", hidden_sizes=(256,)),
@@ -115,13 +115,13 @@ def run_config(name: str, flags: BenchLearnerFlags) -> RunConfig:
     Raises:
       UserError: for a name that is neither a network nor a recipe.
     """
-    if name in _TORSOS:
+    if name in TORSOS:
         env = EnvConfig(game=flags.game, frame_stack=4)
-        base = RunConfig(recipe="bench", env=env, network=_TORSOS[name], learner=LearnerConfig())
+        base = RunConfig(recipe="bench", env=env, network=TORSOS[name], learner=LearnerConfig())
     elif name in RECIPES:
         base = RECIPES[name]()
     else:
-        raise UserError(f"--networks {name}: there are {', '.join([*_TORSOS, *RECIPES])}")
+        raise UserError(f"--networks {name}: there are {', '.join([*TORSOS, *RECIPES])}")
     learner = replace(base.learner, device=flags.device, num_devices=1, algorithm=flags.algorithm or base.learner.algorithm)
     network = replace(base.network, dueling=flags.dueling or base.network.dueling)
     try:
