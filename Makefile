@@ -28,7 +28,7 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/learner_threads.py
 
-# One virtual environment for each system that benchmarks/replay.py compares with. One that cannot be installed stops no other.
+# One virtual environment for each system that benchmarks/replay.py or learner.py compares with. One that cannot be installed stops no other.
 bench-peers: $(PEERS:%=build/peers/%/installed)
 
 build/peers/%/installed: benchmarks/peers/requirements/%.txt
@@ -37,7 +37,7 @@ build/peers/%/installed: benchmarks/peers/requirements/%.txt
 	@if $(PYTHON) -m venv build/peers/$* && PIP="build/peers/$*/bin/python -m pip install --quiet --disable-pip-version-check" && \
 		{ ! grep '^torch==' $< > build/peers/$*/torch.txt || $$PIP --requirement build/peers/$*/torch.txt; } && \
 		$$PIP --requirement $<; then touch $@ && echo "$*: installed"; \
-	else rm -rf build/peers/$* && echo "$*: CANNOT BE INSTALLED HERE (see above); benchmarks/replay.py will say so and go on"; fi
+	else rm -rf build/peers/$* && echo "$*: CANNOT BE INSTALLED HERE (see above); the benchmarks will say so and go on"; fi
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

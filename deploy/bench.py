@@ -102,8 +102,7 @@ def bench_replay(flags: BenchReplayFlags) -> int:
     from actors.environments import check_atari_game, probe
 
     check_atari_game(flags.game)
-    if flags.json is not None and not os.access(flags.json.parent, os.W_OK):
-        raise UserError(f"--json {flags.json}: no directory that can be written to")
+    check_json(flags.json)
     spec = probe(run_config(flags).env)
     started = time.monotonic()
     messages = record_chunks(flags)
@@ -114,8 +113,19 @@ def bench_replay(flags: BenchReplayFlags) -> int:
     for name, value in figures.items():
         print(f"{name:32} {value:,.1f}" if isinstance(value, float) else f"{name:32} {value}")
     if flags.json is not None:
-        flags.json.write_text(json.dumps(figures | {"versions": versions(), "hardware": hardware()}, indent=2) + "\n")
+        write_json(flags.json, figures)
     return 0
+
+
+def check_json(path: Path | None) -> None:
+    """Raises UserError where a benchmark could not write its figures."""
+    if path is not None and not os.access(path.parent, os.W_OK):
+        raise UserError(f"--json {path}: no directory that can be written to")
+
+
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    """Writes the figures of a benchmark, with the versions and the machine."""
+    path.write_text(json.dumps(figures | {"versions": versions(), "hardware": hardware()}, indent=2) + "\n")
 
 
 def measure(messages: Sequence[Array], spec: EnvSpec, flags: BenchReplayFlags) -> dict[str, Any]:
@@ -196,10 +206,13 @@ class _NoParams:
 class _ZeroNetwork:
     """Values all actions alike: priorities are then the rewards and the floor."""
 
+    num_noise = 0
+    value_rescaling = False
+
     def __init__(self, num_actions: int) -> None:
         self._num_actions = num_actions
 
-    def __call__(self, stacks: Any) -> Any:
+    def __call__(self, stacks: Any, noise: Any = None) -> Any:
         return stacks.new_zeros((len(stacks), self._num_actions)).float()
 
 

@@ -29,6 +29,7 @@ _USAGE = """usage: qfleet train RECIPE [flags]     train; the same command on th
        qfleet plan RECIPE [flags]      print what a run will take of this machine, and what to change where it does not fit
        qfleet check-env ENV [flags]    say what is wrong with an environment: MyEnv-v0, module:MyEnv-v0, pong
        qfleet bench replay [flags]     measure the replay shards alone: --game, --topology, --json
+       qfleet bench learner [flags]    measure the learner's update, bare and in a running system: --networks, --device, --json
        qfleet COMMAND ... --help       every flag with its meaning, unit and default
 
 recipes: {recipes}"""
@@ -40,7 +41,7 @@ _SUBJECTS = {
     "evaluate": "a run directory",
     "adjust": "a run directory",
     "check-env": "an environment",
-    "bench": "what to measure (replay)",
+    "bench": "what to measure (replay, learner)",
 }
 
 _REGISTRY = ConstructorRegistry()
@@ -139,8 +140,12 @@ def _dispatch(words: list[str]) -> int:
         raise UserError(f"qfleet {command} needs {_SUBJECTS[command]} first; qfleet --help lists them")
     subject, *flags = rest
     if command == "bench":
+        if subject == "learner":
+            from deploy.bench_learner import BenchLearnerFlags, bench_learner
+
+            return bench_learner(_parse(BenchLearnerFlags, BenchLearnerFlags(), flags, "qfleet bench learner"))
         if subject != "replay":
-            raise UserError(f"unknown benchmark {subject!r}; there is replay")
+            raise UserError(f"unknown benchmark {subject!r}; there are replay and learner")
         from deploy.bench import BenchReplayFlags, bench_replay
 
         return bench_replay(_parse(BenchReplayFlags, BenchReplayFlags(), flags, "qfleet bench replay"))
@@ -214,7 +219,11 @@ def _condense(box: str) -> str:
     rules = [i for i, line in enumerate(lines) if not re.search(r"[^─-]", line) or line.startswith(("─", "- ", "--- "))]
     message = " ".join(lines[rules[0] + 1 : rules[1]]) if len(rules) > 1 else " ".join(lines)
     message = re.sub(r"^Error parsing ", "", message)
-    message = re.sub(r"^(RunConfig|EvaluateFlags|BenchReplayFlags|CheckEnvFlags|AdjustFlags|\w+(?=: \w+\.\w)): ", "", message)
+    message = re.sub(
+        r"^(RunConfig|EvaluateFlags|BenchReplayFlags|BenchLearnerFlags|CheckEnvFlags|AdjustFlags|\w+(?=: \w+\.\w)): ",
+        "",
+        message,
+    )
     suggestions = re.findall(r"^--[a-z][\w.-]*", "\n".join(lines[rules[1] :] if len(rules) > 1 else []), re.MULTILINE)
     near = f": did you mean {suggestions[0]}" if "Perhaps" in box and suggestions else ""
     return message.rstrip("?.") + near

@@ -66,11 +66,11 @@ def test_bench_on_ray_measures_each_alone_and_both_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["replya"], "unknown benchmark 'replya'; there is replay"),
+        (["replya"], "unknown benchmark 'replya'; there are replay and learner"),
         (["replay", "--game", "pnog"], "pnog"),
         (["replay", "--transitions", "0"], "--transitions must be positive"),
         (["replay", "--batch-size", "1", "--num-shards", "2"], "--batch-size 1 is less than --num-shards 2"),
-        ([], "what to measure (replay)"),
+        ([], "what to measure (replay, learner)"),
     ],
 )
 def test_a_wrong_flag_is_one_line(capsys, flags, sentence):
