@@ -152,6 +152,7 @@ class ProductUpdates:
                 shares=(),
                 mean_params_version=0.0,
                 ready=transfer.ready(),
+                pinned=raw.stacks,
             )
 
 
