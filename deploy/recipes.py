@@ -422,7 +422,8 @@ def rainbow() -> RunConfig:
 def btr() -> RunConfig:
     """Beyond the Rainbow (Clark et al. 2024, arXiv:2411.03820): a wide residual torso, IQN, Munchausen and noisy layers, for one GPU.
 
-    Batches of 256, 64 environments, one update for each of their steps: 4 samples per insert. Epsilon falls on top of the noise.
+    Batches of 256, 64 environments, one update for each of their steps: 4 samples per insert. Epsilon falls on top of the noise, and
+    stays at 0.01, where the authors turn it off after half of 200 M frames. A lost life ends an episode, an option of their code.
     """
     return RunConfig(
         recipe="btr",
