@@ -14,8 +14,9 @@ PEERS := cpprb reverb rllib sb3 torchrl
 train: .venv/installed
 	$(BIN)/qfleet train $(RECIPE) $(if $(RUN_DIR),--run-dir $(RUN_DIR)) $(ARGS)
 
+# Two processes: one runs the tests that start Ray, one after another, and meanwhile the other one the rest.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow --timeout 1800

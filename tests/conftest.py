@@ -12,6 +12,13 @@ from common.messages import Array, TransitionChunk
 from common.planes import codec_of, encode_block, join_blocks, planes_per_block
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the tests that start Ray in one process, where several run the tests."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture
 def encode_planes() -> Callable[[Array], dict[str, Any]]:
     """Returns the `Planes` fields of [P, *plane_shape] observations, as a chunk or a batch takes them.

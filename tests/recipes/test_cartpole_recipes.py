@@ -11,16 +11,16 @@ from deploy.recipes import cartpole
 from deploy.train import train
 
 SOLVED = 195.0  # CartPole-v0: mean greedy return over 100 episodes of at most 200 steps.
-UPDATES = range(2_000, 6_001, 800)  # Where training pauses for an evaluation.
+UPDATES = range(2_500, 7_501, 1_000)  # Where training pauses for an evaluation.
 
 
 def on_cartpole(config):
     """Carries a recipe over to CartPole-v0.
 
-    What makes the algorithm stays: how targets are made and of what, heads, noise, priorities and importance weights, loss, kind of
-    optimizer, Ape-X's ladder of epsilons. What belongs to Atari goes: torso, sizes, rates, periods, reward clipping, discount, and
-    with it the range of the atoms: returns are between 0 and 1 / (1 - 0.97). Ten steps; five with Munchausen's bonus,
-    which is of the first alone. Less noise at first: 64 units average less of it away than 512.
+    What makes the algorithm stays: how targets are made and of what, heads, noise, priorities and importance weights, loss,
+    Ape-X's ladder of epsilons. What belongs to Atari goes: torso, sizes, rates, periods, reward clipping, discount, and
+    with it the range of the atoms: returns are between 0 and 1 / (1 - 0.99). Ten steps; five with Munchausen's bonus,
+    which is of the first alone. Less noise at first: 128 units average less of it away than 512.
     """
     base = cartpole()
     noisy, ladder = config.network.noisy_sigma is not None, config.actors.exploration.kind == "ladder"
@@ -36,10 +36,10 @@ def on_cartpole(config):
             width=1,
             adaptive_pool=None,
             spectral_norm=False,
-            hidden_sizes=(64, 64),
+            hidden_sizes=(128, 128),
             noisy_sigma=0.1 if noisy else None,
             value_min=0.0,
-            value_max=34.0,
+            value_max=100.0,
             num_quantiles=8,
             num_policy_quantiles=8,
             num_cosines=16,
@@ -47,19 +47,20 @@ def on_cartpole(config):
         actors=replace(
             base.actors,
             n_step=5 if config.learner.algorithm == "munchausen_q_learning" else 10,
-            discount=0.97,
+            discount=0.99,
             exploration=exploration if noisy or ladder else replace(exploration, final=0.05),
         ),
-        replay=replace(base.replay, min_size=500, samples_per_insert=32.0, priority_exponent=config.replay.priority_exponent),
+        replay=replace(base.replay, samples_per_insert=32.0, priority_exponent=config.replay.priority_exponent),
         learner=replace(
             config.learner,
             batch_size=128,
             num_quantile_samples=8,
             num_target_quantile_samples=8,
+            optimizer="adam",
             learning_rate=1e-3,
-            optimizer_epsilon=1e-3 if config.learner.optimizer == "rmsprop" else 1e-5,
+            optimizer_epsilon=1e-5,
             max_grad_norm=10.0,
-            target_period_updates=50,
+            target_period_updates=100,
             importance_anneal_updates=None if config.learner.importance_anneal_updates is None else 4_000,
             publish_period_updates=10,
             num_threads=1,
