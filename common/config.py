@@ -177,6 +177,7 @@ class NetworkConfig:
         _require(all(n > 0 for n in self.hidden_sizes), f"network.hidden_sizes must be positive, got {self.hidden_sizes}")
         _require_positive("network", self, "width", "adaptive_pool", "noisy_sigma", "num_quantiles")
         _require_positive("network", self, "num_policy_quantiles", "num_cosines")
+        _require(math.isfinite(self.value_max - self.value_min), "network.value_min and network.value_max must be finite")
         _require(self.num_atoms > 1, f"network.num_atoms must be at least 2, got {self.num_atoms}")
         _require(
             self.value_min < self.value_max,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.torsos import CONVOLUTIONS, IMPALA_BLOCKS, IMPALA_CHANNELS, halved
+from common.torsos import CONVOLUTIONS, IMPALA_BLOCKS, IMPALA_CHANNELS, check_pool, halved
 
 
 class NoisyLinear(nn.Linear):
@@ -220,10 +220,7 @@ def make_torso(
             layers.append(nn.ReLU(inplace=True))
             channels, height, columns = out_channels, (height - kernel) // stride + 1, (columns - kernel) // stride + 1
     if adaptive_pool is not None:
-        if adaptive_pool > min(height, columns):
-            raise ValueError(
-                f"network.adaptive_pool {adaptive_pool} is more than the {height} x {columns} that torso {name} gives: lower it"
-            )
+        check_pool(adaptive_pool, height, columns, name)
         layers.append(nn.AdaptiveMaxPool2d(adaptive_pool))
         height = columns = adaptive_pool
     else:

@@ -16,9 +16,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from common.config import MAX_PREFETCH_THREADS, ByteSize, EnvSpec, NetworkConfig, RunConfig
+from common.config import MAX_PREFETCH_THREADS, ByteSize, EnvSpec, LearnerConfig, NetworkConfig, RunConfig
 from common.errors import UserError
-from common.torsos import CONVOLUTIONS, IMPALA_BLOCKS, IMPALA_CHANNELS, halved
+from common.torsos import CONVOLUTIONS, IMPALA_BLOCKS, IMPALA_CHANNELS, check_pool, halved
 from deploy.roles import shard_shares
 from deploy.run_dir import num_cpus
 from replay_server.shard import index_bytes, min_memory
@@ -154,6 +154,14 @@ def _check_index(config: RunConfig, spec: EnvSpec, shares: dict[str, Any]) -> No
         )
 
 
+def check_learner(config: LearnerConfig) -> None:
+    """Raises UserError where the learner asks for what this machine does not have: a GPU, or a compiler."""
+    if config.device == "cuda" or config.compilation in ("compile", "cuda_graph"):
+        from learner.update import pick_compilation, pick_device  # Two seconds, and not for the others.
+
+        pick_compilation(config.compilation, pick_device(config.device))
+
+
 def print_plan(config: RunConfig) -> int:
     """`qfleet plan`: prints what the run will take on each node; returns the exit status.
 
@@ -163,10 +171,7 @@ def print_plan(config: RunConfig) -> int:
     from actors.environments import probe
 
     spec = probe(config.env)
-    if config.learner.device == "cuda":
-        from learner.update import pick_device
-
-        pick_device(config.learner.device)
+    check_learner(config.learner)
     shares = shard_shares(config)
     _check_index(config, spec, shares)
     gpu = gpu_memory() if config.learner.device != "cpu" else None
@@ -324,6 +329,7 @@ def _torso_size(network: NetworkConfig, spec: EnvSpec) -> tuple[int, int, int]:
             values += 2 * size + norm[1]
             channels = num_out
     if network.adaptive_pool is not None:
+        check_pool(network.adaptive_pool, height, columns, network.torso)
         height = columns = network.adaptive_pool
         values += channels * height * columns
     return channels * height * columns, params, values

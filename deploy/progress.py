@@ -100,6 +100,14 @@ class Progress:
         self.updates, self.samples = stats.updates, stats.samples
         self._params_watch.on_published(time.monotonic(), (self.epoch, stats.published_version))
 
+    def on_learner_died(self, meta: dict[str, Any]) -> None:
+        """Goes back to the checkpoint that the next learner begins with, whose `meta` this is."""
+        self.epoch += 1
+        self.updates, self.samples = meta["updates"], meta["samples"]
+        self.learner = None
+        for name in ("updates", "samples", "learner_busy"):  # They begin anew: no rate spans both learners.
+            self._previous.pop(name, None)
+
     def on_evaluation_begins(self) -> None:
         self._evaluation_began = (self.earlier_seconds + self.wall_seconds, self.env_steps)
 

@@ -91,7 +91,8 @@ def _open_locked(config: RunConfig, path: Path, lock: TextIO) -> RunDirectory:
     meta: dict[str, Any] = {}
     if info_path.exists():
         info = read_run_json(path)
-        changed = _differences(info["config"], config_module.as_dict(config), path)
+        # Through `read_config`: a setting that the version which wrote it did not have is what its default says.
+        changed = _differences(config_module.as_dict(read_config(path)), config_module.as_dict(config), path)
         checkpoint = newest_checkpoint_path(path)
         meta = dict(checkpoints.read(checkpoint).meta) if checkpoint else {}
         if meta and meta["run"] != info["run"]:

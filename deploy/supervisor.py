@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import EnvSpec, RunConfig
 from common.errors import NonFiniteError, UserError, WireError
+from common.metrics import LearnerStats
 from deploy import roles
 from deploy import run_dir as run_dirs
 from deploy.adjust import take_up_adjustment
@@ -36,6 +37,7 @@ from deploy.ray_params import RayParamsReader, RayParamsWriter
 from deploy.recorder import Recorder
 from deploy.run_dir import RunDirectory, write_json
 from deploy.stop_signal import StopSignal
+from learner import checkpoint as checkpoints
 
 _CALL_SECONDS = 1.0  # How long a worker runs before it reports.
 _START_SECONDS = 180.0  # A worker that is not ready by then will not be.
@@ -78,6 +80,8 @@ class Supervisor:
         self._shards: list[Any] = []
         self._learners: list[Any] = []  # By rank; the first one publishes and saves.
         self._learns = False  # Else the learner is being made.
+        self._next_checkpoint = 0.0
+        self._num_fruitless = 0  # Deaths of the learner, one after another, without a report in between.
         self._group: PlacementGroup | None = None
         self._store: Any = None
         self._evaluator: Any = None
@@ -196,8 +200,9 @@ class Supervisor:
     def _start_learners(self) -> None:
         """Has them prefetch, and learn."""
         self._learns = True
-        self._answers([worker.call.remote("start") for worker in self._learners], _ANSWER_SECONDS, "the learner to prefetch")
-        self._call_learners()
+        self._next_checkpoint = time.monotonic() + self._config.learner.checkpoint_period_seconds
+        for rank, worker in enumerate(self._learners):
+            self._expect(worker.call.remote("start"), "learner", rank)
 
     def _restart_learners(self, error: RayError) -> None:
         """Ends all ranks, since none can go on without the others, and begins again from the last checkpoint."""
@@ -213,11 +218,11 @@ class Supervisor:
             ray.kill(worker)
         checkpoint = run_dirs.newest_checkpoint_path(self._run_dir.path)
         assert checkpoint is not None, "one is written before the first update"
-        self._progress.epoch += 1
         self._learns = False
         self._recorder.event(
             f"the learner died ({_one_line(error)}) after update {self._progress.updates:,}; it goes on from checkpoint {checkpoint.name}"
         )
+        self._progress.on_learner_died(checkpoints.read(checkpoint).meta)
         self._make_learners()
         for rank, call in enumerate(self._build_learners(checkpoint)):
             self._expect(call, "learner", rank, _START_SECONDS)
@@ -258,12 +263,11 @@ class Supervisor:
         progress, config = self._progress, self._config
         fault: str | None = None
         next_row = time.monotonic()
-        next_checkpoint = time.monotonic() + config.learner.checkpoint_period_seconds
         digest: str | None = None
         try:
             while True:
                 stopped_by = "interrupted" if self._stop() else progress.stopped_by()
-                if stopped_by is None and self._target_reached:
+                if stopped_by is None and self._target_reached and self._learns:
                     stopped_by = self._confirm_target()
                 if stopped_by is not None:
                     break
@@ -274,11 +278,7 @@ class Supervisor:
                     self._adjust()
                     self._read_shards()
                     self._recorder.row()
-                if now >= next_checkpoint and self._learns:
-                    next_checkpoint = now + config.learner.checkpoint_period_seconds
-                    with contextlib.suppress(WorkerDied):  # The learner's call under way will say so.
-                        self._save()
-            self._drain_role("learner")
+            self._drain_role("learner", _ANSWER_SECONDS if self._learns else _START_SECONDS)
             self._drain_actors()
             digest = self._finish(stopped_by)
         except NonFiniteError as error:
@@ -338,12 +338,13 @@ class Supervisor:
         """Takes in what a rank reported; when all have, they go on together."""
         if isinstance(result, WorkerAddress):
             self._note_worker(self._learner_names()[rank], result)
-        elif rank == 0:
+        elif rank == 0 and result is not None:  # None: the answer of `start`.
             self._progress.on_learner(result)
         if all(expected.role != "learner" for expected in self._calls.values()):
             if isinstance(result, WorkerAddress):
                 self._start_learners()
             else:
+                self._save_when_due()
                 self._call_learners()
 
     def _on_evaluator(self, result: Any) -> None:
@@ -390,6 +391,10 @@ class Supervisor:
                 f"{name} died {_MAX_DEATHS} times within {_DEATHS_SECONDS:.0f} s, the last time of: {_one_line(error)}"
             )
         if role == "learner":
+            # However long a start takes here, what fails every time ends the run.
+            self._num_fruitless = self._num_fruitless + 1 if self._progress.learner is None else 0
+            if self._num_fruitless == _MAX_DEATHS:
+                raise RunFault(f"the learner died {_MAX_DEATHS} times without an update, the last time of: {_one_line(error)}")
             self._restart_learners(error)
             return
         self._recorder.event(f"{name} died ({_one_line(error)}); a new one takes its place")
@@ -482,7 +487,7 @@ class Supervisor:
                     raise RunFault(f"the {role} died: {_one_line(error)}") from error
                 if role == "actor" and not isinstance(result, WorkerAddress):
                     self._progress.on_actor(result)
-                elif role == "learner" and index == 0 and not isinstance(result, WorkerAddress):
+                elif isinstance(result, LearnerStats) and index == 0:
                     self._progress.on_learner(result)
 
     def _finish(self, stopped_by: str) -> str:
@@ -495,6 +500,13 @@ class Supervisor:
             if result is not None:
                 self._take_evaluation(result)
         return str(digest)
+
+    def _save_when_due(self) -> None:
+        """Has a checkpoint written, between two calls of all ranks: not one of them can keep the driver waiting then."""
+        if time.monotonic() >= self._next_checkpoint:
+            self._next_checkpoint = time.monotonic() + self._config.learner.checkpoint_period_seconds
+            with contextlib.suppress(WorkerDied):  # Its next call will say so.
+                self._save()
 
     def _save(self) -> str:
         call = self._learners[0].call.remote("save", self._progress.counters())

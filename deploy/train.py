@@ -12,7 +12,7 @@ from common.config import RunConfig
 from common.errors import UserError
 from deploy import run_dir as run_dirs
 from deploy.outcome import Outcome
-from deploy.plan import check_memory, plan_cpus
+from deploy.plan import check_learner, check_memory, plan_cpus
 from deploy.plots import draw_learning_curve
 from deploy.progress import Progress
 from deploy.recorder import Recorder
@@ -33,10 +33,7 @@ def train(config: RunConfig, path: Path) -> int:
     if not config.serial:
         plan_cpus(config, run_dirs.num_cpus())
     check_memory(config, spec)
-    if config.learner.device == "cuda":
-        from learner.update import pick_device
-
-        pick_device(config.learner.device)
+    check_learner(config.learner)
     run_dir = run_dirs.open_run(config, path)
     progress = Progress(config, run_dir.meta)
     progress.started = started

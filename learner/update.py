@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -191,7 +193,8 @@ def pick_device(name: str) -> torch.device:
 def pick_precision(name: str, device: torch.device, *, uses_convolutions: bool) -> torch.dtype:
     """Returns what matrix products are computed in; see LearnerConfig.precision."""
     if name == "auto":
-        has_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        on_gpu = device.type == "cuda"
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else torch.cpu._is_avx512_bf16_supported()
         return torch.bfloat16 if uses_convolutions and has_bf16 else torch.float32
     return torch.bfloat16 if name == "bf16" else torch.float32
 
@@ -209,6 +212,9 @@ def pick_compilation(name: str, device: torch.device) -> str:
     """Returns off, compile or cuda_graph; see LearnerConfig.compilation."""
     if name == "cuda_graph" and device.type != "cuda":
         raise UserError("learner.compilation cuda_graph needs a GPU; use --learner.compilation auto")
+    compilers = [os.environ.get("CXX", "g++")] if device.type == "cpu" else ["gcc", "cc", "clang"]
+    if name == "compile" and not any(shutil.which(compiler) for compiler in compilers):
+        raise UserError(f"learner.compilation compile needs a compiler, and there is no {compilers[0]} here: use auto")
     if name == "auto":
         return "cuda_graph" if device.type == "cuda" else "off"
     return name

@@ -44,6 +44,11 @@ def failing(capsys, *words):
         (["train", "pong", "--replay.limiter-buffer-samples", "1"], "must be at least"),
         (["train", "pong", "--recipe", "breakout"], "give another recipe"),
         (["train", "pong", "--learner.device", "cuda"], "--learner.device"),
+        (["train", "pong", "--learner.compilation", "cuda_graph", "--learner.device", "cpu"], "needs a GPU"),
+        (["plan", "pong", "--learner.compilation", "cuda_graph", "--learner.device", "cpu"], "needs a GPU"),
+        (["train", "pong", "--network.adaptive-pool", "10"], "more than the 9 x 9 that torso dqn2013 gives"),
+        (["plan", "pong", "--network.adaptive-pool", "10"], "more than the 9 x 9 that torso dqn2013 gives"),
+        (["train", "c51", "--network.value-max", "inf"], "must be finite"),
         (["train", "pong", "stray"], "stray"),
         (["resume", "nowhere"], "not a run directory"),
         (["evaluate", "nowhere"], "not a run directory"),
@@ -53,6 +58,15 @@ def failing(capsys, *words):
 def test_a_mistake_is_one_line_and_writes_nothing(words, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert expected in failing(capsys, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compilation_without_a_compiler_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    words = ["--learner.compilation", "compile", "--learner.device", "cpu"]
+    assert "there is no g++ here" in failing(capsys, "train", "cartpole", *words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -162,6 +176,18 @@ def test_a_run_that_reached_its_budget_says_how_to_go_on(run, capsys):
 @pytest.mark.parametrize("flags", [["--video", "x.txt"], ["--video", "."], ["--json", "."], ["--json", "nowhere/e.json"]])
 def test_evaluate_refuses_what_it_cannot_write_before_it_plays(run, flags, capsys):
     assert flags[1] in failing(capsys, "evaluate", run, "--episodes", "100000", *flags)
+
+
+@pytest.mark.parametrize("command", [["resume"], ["train", "gridworld", "--run-dir"]], ids=["resume", "train"])
+def test_a_run_that_lacks_a_newer_setting_goes_on_with_its_default(run, command, capsys):
+    info = json.loads((run / "run.json").read_text())
+    for section, name in (("network", "width"), ("actors", "params_alarm_seconds"), ("learner", "num_devices")):
+        del info["config"][section][name]
+    (run / "run.json").write_text(json.dumps(info))
+    more = ["--max-updates", "6", *TINY[:1], *TINY[3:]]
+    assert cli.main([*command, str(run), *more]) == 0
+    out = capsys.readouterr().out
+    assert "changed since the last command: max_updates 5 -> 6" in out and "num_devices" not in out
 
 
 def test_resume_refuses_another_run_directory(run, capsys):
