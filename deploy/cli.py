@@ -1,7 +1,7 @@
 """The command line. A user's mistake ends in one line and exit status 2.
 
 qfleet train RECIPE [flags]      qfleet resume RUN [flags]          qfleet evaluate RUN [flags]
-qfleet plan RECIPE [flags]       qfleet check-env ENV [flags]       qfleet bench replay [flags]
+qfleet plan RECIPE [flags]       qfleet check-env ENV [flags]       qfleet bench replay|learner [flags]
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ class Peer:
             shares=(),
             mean_params_version=0.0,
             ready=None,
+            pinned=None,
         )
         values, _ = update.report(update.gradients(batch, 1.0))
         *td_error, self._loss, _, _ = values.numpy()
