@@ -223,7 +223,4 @@ def make_torso(
         check_pool(adaptive_pool, height, columns, name)
         layers.append(nn.AdaptiveMaxPool2d(adaptive_pool))
         height = columns = adaptive_pool
-    else:
-        # Before the last ReLU: whose backward pass would take five times as long between channels last and flat gradients.
-        layers.insert(-1, nn.Flatten())
     return nn.Sequential(*layers), channels * height * columns

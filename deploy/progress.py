@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -100,7 +100,7 @@ class Progress:
         self.updates, self.samples = stats.updates, stats.samples
         self._params_watch.on_published(time.monotonic(), (self.epoch, stats.published_version))
 
-    def on_learner_died(self, meta: dict[str, Any]) -> None:
+    def on_learner_died(self, meta: Mapping[str, Any]) -> None:
         """Goes back to the checkpoint that the next learner begins with, whose `meta` this is."""
         self.epoch += 1
         self.updates, self.samples = meta["updates"], meta["samples"]

@@ -11,7 +11,7 @@ from deploy.recipes import cartpole
 from deploy.train import train
 
 SOLVED = 195.0  # CartPole-v0: mean greedy return over 100 episodes of at most 200 steps.
-UPDATES = range(2_500, 7_501, 1_000)  # Where training pauses for an evaluation.
+UPDATES = range(2_500, 9_501, 1_000)  # Where training pauses for an evaluation.
 
 
 def on_cartpole(config):
