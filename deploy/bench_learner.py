@@ -101,11 +101,20 @@ def bench_learner(flags: BenchLearnerFlags) -> int:
     )
     figures = measure_updates(problems, rounds=flags.rounds, seconds=flags.seconds)
     _show_updates(console, figures)
+    about = {
+        "device": device.type,
+        "device_name": device_name(device),
+        "threads": threads,
+        "rounds": flags.rounds,
+        "seconds": flags.seconds,
+        "live_seconds": flags.live_seconds,
+    }
+    if flags.json is not None:  # And again below: a Ray that does not start costs nothing that was measured before.
+        write_json(flags.json, about | figures | {"live": []})
     figures["live"] = _measure_live(flags, problems, dict(zip(flags.networks, runs, strict=True)), threads, figures)
     _show_live(console, figures["live"])
-    about = {"device": device.type, "device_name": device_name(device), "threads": threads, "seconds": flags.seconds}
     if flags.json is not None:
-        write_json(flags.json, about | {"rounds": flags.rounds, "live_seconds": flags.live_seconds} | figures)
+        write_json(flags.json, about | figures)
     return 0
 
 
