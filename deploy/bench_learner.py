@@ -205,7 +205,11 @@ def _measure_live(
         about = {"network": problem.name, "precision": problem.learner.precision, "batch_size": problem.batch_size}
         row = next(row for row in bare["updates"] if row["kind"] == "qfleet" and about.items() <= row.items())
         ratio_to_bare = live["samples_per_second"] / row["samples_per_second"]["median"]
-        rows.append(about | live | {"ratio_to_bare": ratio_to_bare, "mfu": row["mfu"] * ratio_to_bare})
+        # Processor time of an update, bare over live; with more threads that of the others is not told from Ray's.
+        cpu_live = live["cpu_seconds_per_second"]["learner_updates"] / max(live["updates_per_second"], 1e-9)
+        cpu_ratio = row["cpu_seconds_per_update"] / max(cpu_live, 1e-9) if threads == 1 and not on_gpu else None
+        ratios = {"ratio_to_bare": ratio_to_bare, "cpu_ratio_to_bare": cpu_ratio, "mfu": row["mfu"] * ratio_to_bare}
+        rows.append(about | live | ratios)
     return rows
 
 
@@ -281,7 +285,10 @@ def _show_live(console: Console, rows: Sequence[dict[str, Any]]) -> None:
             f"{row['held_fraction']:.0%}; ready batches {row['ready_batches']:.1f}"
         )
         cpu = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in row["cpu_seconds_per_second"].items())
-        console.print(f"  CPU seconds a second: {cpu}")
+        by_cpu = (
+            f"; by CPU time an update is at {row['cpu_ratio_to_bare']:.2f} of the bare one" if row["cpu_ratio_to_bare"] else ""
+        )
+        console.print(f"  CPU seconds a second: {cpu}{by_cpu}")
 
 
 def _spread(spread: dict[str, float], digits: int) -> str:
