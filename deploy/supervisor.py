@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections import deque
@@ -214,8 +215,9 @@ class Supervisor:
                 except RayError as other:
                     error = other if isinstance(other, RayActorError) else error
         self._calls = {call: expected for call, expected in self._calls.items() if expected.role != "learner"}
-        for worker in self._learners:
+        for name, worker in zip(self._learner_names(), self._learners, strict=True):
             ray.kill(worker)
+            _end_process(self._addresses.get(name))
         checkpoint = run_dirs.newest_checkpoint_path(self._run_dir.path)
         assert checkpoint is not None, "one is written before the first update"
         self._learns = False
@@ -559,6 +561,16 @@ def start_ray(config: RunConfig, temp_dir: str) -> None:
         )
     except Exception as error:  # Ray raises bare ones here.
         raise RunFault(f"Ray did not start: {_one_line(error)}; is the machine overloaded or out of memory?") from error
+
+
+def _end_process(address: dict[str, Any] | None) -> None:
+    """Ends a worker's process where it runs on this host: one that was stopped does not hear `ray.kill`, and keeps its place."""
+    if address is None or address["host"] != socket.gethostname():
+        return
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(address["pid"])
+        if process.name().startswith("ray::"):
+            process.kill()
 
 
 def _one_line(error: BaseException) -> str:

@@ -45,7 +45,7 @@ class Learner:
     one thread; the prefetch threads that `start()` begins are the batch source's, and share only its queue and fault counters.
     Parameters are published at version 0, then every `publish_period_updates`.
 
-    Nothing waits for a GPU on the way: what an update tells (TD errors, loss) is read after the next one has been launched. On a
+    Nothing waits for a GPU on the way, but publishing and saving: what an update tells (TD errors, loss) is read after the next one has been launched. On a
     CPU it is read at once. With a group, every rank is a Learner with shards of its own; only rank 0 publishes and saves.
     """
 

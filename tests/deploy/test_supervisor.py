@@ -171,3 +171,18 @@ def test_a_checkpoint_is_asked_for_between_two_calls_of_the_learner(under_test, 
     assert not saved  # It is due, and a call is under way, which may hang.
     answer(tested, ray, learner_stats(75))
     assert saved == ["learner.0.run"] and made[-1] == "learner.0.run" and tested._next_checkpoint > time.monotonic()
+
+
+@pytest.mark.parametrize(
+    ("host", "name", "is_ended"),
+    [(None, "ray::Worker", True), (None, "bash", False), ("elsewhere", "ray::Worker", False)],
+    ids=["here", "another_program", "another_host"],
+)
+def test_only_a_worker_of_this_host_is_ended_by_its_pid(monkeypatch, host, name, is_ended):
+    """A pid may have been given to another program meanwhile."""
+    ended = []
+    process = SimpleNamespace(name=lambda: name, kill=lambda: ended.append(1))
+    monkeypatch.setattr(supervisor.psutil, "Process", lambda pid: process)
+    supervisor._end_process({"host": host or supervisor.socket.gethostname(), "pid": 7})
+    assert bool(ended) == is_ended
+    supervisor._end_process(None)  # A worker that never said where it runs.
