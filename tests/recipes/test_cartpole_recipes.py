@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from common.config import EnvConfig, EvaluationConfig
-from deploy import recipes
 from deploy.recipes import cartpole
 from deploy.train import train
+from tests.recipes.test_gridworld_oracle import PUBLISHED
 
 SOLVED = 195.0  # CartPole-v0: mean greedy return over 100 episodes of at most 200 steps.
 UPDATES = range(2_500, 9_501, 1_000)  # Where training pauses for an evaluation.
@@ -70,20 +70,6 @@ def on_cartpole(config):
     )
 
 
-RECIPES = [
-    recipes.double,
-    recipes.dueling,
-    recipes.prioritized,
-    recipes.c51,
-    recipes.qr_dqn,
-    recipes.iqn,
-    recipes.munchausen_iqn,
-    recipes.rainbow,
-    recipes.apex,
-    recipes.btr,
-]
-
-
 def mean_returns(config, path):
     """Trains in stretches until CartPole is solved; returns the mean greedy return after each.
 
@@ -101,7 +87,7 @@ def mean_returns(config, path):
 
 
 @pytest.mark.filterwarnings("ignore:.*CartPole-v0 is out of date:DeprecationWarning")
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda recipe: recipe.__name__)
 def test_recipe_solves_cartpole(tmp_path, monkeypatch, recipe):
     monkeypatch.setattr("deploy.train.draw_learning_curve", lambda *_: None)  # A second for each run, and looked at by nobody.
     results = mean_returns(on_cartpole(recipe()), tmp_path)
