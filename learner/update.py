@@ -145,7 +145,8 @@ class Update:
         """Returns td_error f32[B], the sums f32[2] of loss and value, and the gradients of all parameters."""
         terms = self._terms(self.online, self.target, s_tm1, a_tm1, r_t, discount_t, s_t, Draws(*drawn))
         loss = (terms.loss * factor).sum()
-        gradients = torch.autograd.grad(loss, self._parameters)
+        # Those of convolutions come in the order of memory of their inputs, and the fused optimizer reads element by element.
+        gradients = [gradient.contiguous() for gradient in torch.autograd.grad(loss, self._parameters)]
         value = terms.value.sum() / self._config.batch_size
         return terms.td_error, torch.stack([loss.detach(), value]), *gradients
 
