@@ -142,13 +142,22 @@ def newest_checkpoint_path(path: Path) -> Path | None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes indented JSON aside and renames it, so that the file is there whole or not at all."""
+    """Writes indented JSON; the file is there whole or not at all."""
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes aside and renames, so that the file is there whole or, where that fails, as it was."""
     aside = path.with_name(f".{path.name}.part")
-    with aside.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _make_directory(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,15 +25,17 @@ _SCALE = 2
 _MAX_SECONDS = 600
 
 
-def record(config: EnvConfig, network: QNetwork, path: Path, *, epsilon: float, seed: int) -> float:
-    """Plays one episode and writes its pictures to `path` (mp4); returns the raw return."""
+def record(
+    config: EnvConfig, network: QNetwork, path: Path, *, epsilon: float, seed: int, most_steps: int | None = None
+) -> float:
+    """Plays one episode, or its first `most_steps`, and writes its pictures to `path` (mp4); returns the raw return."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a screen.
     config = replace(config, life_loss_terminates=False)
     rate = 60 // config.frame_skip if config.is_atari else 30
     total = 0.0
     with av.open(str(path), "w") as container:
         stream: Any = None
-        for picture, reward in _play(config, network, epsilon, seed):
+        for picture, reward in itertools.islice(_play(config, network, epsilon, seed), most_steps):
             total += reward
             picture = picture.repeat(_SCALE, axis=0).repeat(_SCALE, axis=1)
             picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]  # H.264 wants even sizes.
