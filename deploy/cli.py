@@ -2,6 +2,7 @@
 
 qfleet train RECIPE [flags]      qfleet resume RUN [flags]          qfleet evaluate RUN [flags]
 qfleet plan RECIPE [flags]       qfleet check-env ENV [flags]       qfleet bench replay|learner [flags]
+qfleet report RUN [RUN ...] [flags]
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from common.errors import UserError
 _USAGE = """usage: qfleet train RECIPE [flags]     train; the same command on the same run directory continues it
        qfleet resume RUN [flags]       continue a run with its own settings
        qfleet evaluate RUN [flags]     play a run's last checkpoint: --episodes, --json, --video
+       qfleet report RUN ... [flags]   one page about one or more runs: scores with intervals, curves, how they ran; --out
        qfleet adjust RUN [flags]       change the limiter of a run that is under way: --samples-per-insert, --min-size
        qfleet plan RECIPE [flags]      print what a run will take of this machine, and what to change where it does not fit
        qfleet check-env ENV [flags]    say what is wrong with an environment: MyEnv-v0, module:MyEnv-v0, pong
@@ -39,6 +42,7 @@ _SUBJECTS = {
     "plan": "a recipe",
     "resume": "a run directory",
     "evaluate": "a run directory",
+    "report": "a run directory",
     "adjust": "a run directory",
     "check-env": "an environment",
     "bench": "what to measure (replay, learner)",
@@ -149,6 +153,12 @@ def _dispatch(words: list[str]) -> int:
         from deploy.bench import BenchReplayFlags, bench_replay
 
         return bench_replay(_parse(BenchReplayFlags, BenchReplayFlags(), flags, "qfleet bench replay"))
+    if command == "report":
+        from deploy.report import ReportFlags, report
+
+        more = list(itertools.takewhile(lambda word: not word.startswith("-"), flags))
+        chosen_report = _parse(ReportFlags, ReportFlags(), flags[len(more) :], "qfleet report RUN")
+        return report([Path(word) for word in [subject, *more]], chosen_report)
     if command == "adjust":
         from deploy.adjust import AdjustFlags, adjust
 
@@ -220,7 +230,7 @@ def _condense(box: str) -> str:
     message = " ".join(lines[rules[0] + 1 : rules[1]]) if len(rules) > 1 else " ".join(lines)
     message = re.sub(r"^Error parsing ", "", message)
     message = re.sub(
-        r"^(RunConfig|EvaluateFlags|BenchReplayFlags|BenchLearnerFlags|CheckEnvFlags|AdjustFlags|\w+(?=: \w+\.\w)): ",
+        r"^(RunConfig|EvaluateFlags|BenchReplayFlags|BenchLearnerFlags|CheckEnvFlags|AdjustFlags|ReportFlags|\w+(?=: \w+\.\w)): ",
         "",
         message,
     )

@@ -21,7 +21,20 @@ OTHERS = {
     "actors": {"numpy", "torch", "gymnasium", "ale_py"},
     "replay_server": {"numpy", "lz4", "msgpack"},
     "learner": {"numpy", "torch", "safetensors", "msgpack", "lz4", "numba", "llvmlite"},
-    "deploy": {"numpy", "torch", "gymnasium", "ale_py", "ray", "tyro", "rich", "tensorboard", "matplotlib", "psutil", "av"},
+    "deploy": {
+        "numpy",
+        "torch",
+        "gymnasium",
+        "ale_py",
+        "ray",
+        "tyro",
+        "rich",
+        "tensorboard",
+        "matplotlib",
+        "psutil",
+        "av",
+        "jinja2",
+    },
 }
 TORCH_IN_COMMON = {"layers.py", "networks.py", "params.py", "value_rescaling.py"}
 
