@@ -53,6 +53,7 @@ _OF_THE_PROTOCOL = (
 )
 _NOT_COMPARED = ("env.game", "seed", "run_dir")
 _MOST_DIFFERENCES = 3
+_MOST_NAMES = 5
 NOT_RECORDED = "not recorded"
 
 
@@ -273,15 +274,14 @@ def evaluations_over(run: Run, axis: str) -> tuple[Floats, Floats]:
     """Returns when the run was evaluated, in `axis` (env_steps, samples or minutes), and the mean returns."""
     samples_at = _samples_by_update(run.rows) if axis == "samples" else None
     points = []
-    version = None
+    before: tuple[float | None, float | None] = (None, None)
     for row in run.rows:
-        value = number(row, "evaluator/return_mean")
-        if value is not None:  # Older runs repeat the latest evaluation in every row.
-            before, version = version, number(row, "evaluator/params_version")
-            value = None if version is not None and version == before else value
+        value, version = number(row, "evaluator/return_mean"), number(row, "evaluator/params_version")
         at = _evaluated_at(row, axis, samples_at)
-        if value is not None and at is not None:
-            points.append({"at": at, "value": value})
+        if value is None or at is None or (version is not None and (value, version) == before):
+            continue  # Older runs repeat the latest evaluation in every row.
+        before = (value, version)
+        points.append({"at": at, "value": value})
     kept = ascending(points, "at")
     return np.array([point["at"] for point in kept]), np.array([point["value"] for point in kept])
 
@@ -459,7 +459,12 @@ def _who_has_what(runs: Sequence[Run], name: str) -> str:
     holders: dict[str, list[str]] = {}
     for run in runs:
         holders.setdefault(str(run.card.get(name, NOT_RECORDED)), []).append(run.name)
-    return ", ".join(f"{value} ({', '.join(names)})" for value, names in holders.items())
+    return ", ".join(f"{value} ({_listed(names)})" for value, names in holders.items())
+
+
+def _listed(names: Sequence[str]) -> str:
+    rest = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _is_locked(path: Path) -> bool:
