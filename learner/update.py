@@ -93,8 +93,10 @@ class Update:
                 sums, *gradients = self._group.sum([sums, *gradients])
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 parameter.grad = gradient
-            limit = self._config.max_grad_norm
-            norm = nn.utils.clip_grad_norm_(self._parameters, limit if limit is not None else float("inf"))
+            norm, limit = nn.utils.get_total_norm(gradients), self._config.max_grad_norm
+            # Where the host knows the norm without waiting, gradients that need no clipping are not passed over.
+            if limit is not None and not (self._device.type == "cpu" and norm <= limit):
+                nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
             return Results(td_error, torch.cat([sums, norm[None]]))
 
     def apply(self) -> None:

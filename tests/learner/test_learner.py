@@ -68,6 +68,15 @@ def test_gradient_norm_is_clipped(make_learner):
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize("limit", [None, 1e3])
+def test_gradient_within_the_limit_stays_as_it_is(make_learner, limit):
+    learner, *_ = make_learner(max_grad_norm=limit)
+    steps(learner, 1)
+    norm = torch.cat([p.grad.reshape(-1) for p in learner._online.parameters()]).norm()
+    assert float(norm) == pytest.approx(learner.stats().grad_norm, rel=1e-5)
+    assert 1e-2 < norm < 1e3
+
+
 def test_importance_weights_scale_the_gradient(make_learner, fake_shard):
     """Two shards of 100 and 300 items, four each: P = 1/2 * 1/100 and 1/2 * 1/300 over 400 items, beta 1."""
     shards = [fake_shard(0, size=100), fake_shard(1, size=300)]
