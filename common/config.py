@@ -125,7 +125,7 @@ class EnvConfig:
     """Atari: at most so many random no-op frames at the start of an episode. ale-py plays 0 to noop_max - 1, FIRE counted."""
 
     fire_reset: bool = True
-    """Atari: an episode begins with a frame of FIRE, in games that have it. So in ale-py and Gym's wrappers, in no paper."""
+    """Atari: an episode begins with a frame of FIRE, in games that have it. ale-py's own way; in neither protocol's paper."""
 
     life_loss_terminates: bool = False
     """Atari: training sees a lost life as a terminal state; the game goes on. Evaluation never does."""
