@@ -1,5 +1,5 @@
 # Every target makes .venv when it is missing. RECIPE=cartpole, RUN_DIR=..., ARGS="--seed 1" go to `make train`; without RUN_DIR the
-# run is in runs/RECIPE, and with the game and the seed in its name where they are not the recipe's.
+# run is in runs/RECIPE, and with game, protocol and seed in its name where they are not the recipe's.
 PYTHON ?= python3
 RECIPE ?= pong
 RUN_DIR ?=

@@ -49,6 +49,17 @@ def failing(capsys, *words):
         (["train", "pong", "--network.adaptive-pool", "10"], "more than the 9 x 9 that torso dqn2013 gives"),
         (["plan", "pong", "--network.adaptive-pool", "10"], "more than the 9 x 9 that torso dqn2013 gives"),
         (["train", "c51", "--network.value-max", "inf"], "must be finite"),
+        (
+            ["train", "pong", "--protocol", "machado", "--env.sticky-action-probability", "0"],
+            "protocol machado has env.sticky_action_probability 0.25, not 0.0",
+        ),
+        (["train", "pong", "--env.life-loss-terminates", "--protocol=machado"], "env.life_loss_terminates False, not True"),
+        (["train", "breakout", "--protocol", "legacy", "--env.full-action-set"], "env.full_action_set False, not True"),
+        (["train", "apex", "--protocol", "legacy", "--env.max-episode-frames", "50000"], "108000, not 50000"),
+        (["train", "pong", "--protocol", "nature"], "invalid choice 'nature'"),
+        (["train", "cartpole", "--protocol", "machado"], "protocol machado is of Atari games, not of CartPole-v1"),
+        (["plan", "pong", "--protocol", "machado", "--env.noop-max", "30"], "protocol machado has env.noop_max 0, not 30"),
+        (["evaluate", "nowhere", "--protocol", "nature"], "invalid choice 'nature'"),
         (["train", "pong", "stray"], "stray"),
         (["resume", "nowhere"], "not a run directory"),
         (["evaluate", "nowhere"], "not a run directory"),
@@ -183,6 +194,8 @@ def test_a_run_that_lacks_a_newer_setting_goes_on_with_its_default(run, command,
     info = json.loads((run / "run.json").read_text())
     for section, name in (("network", "width"), ("actors", "params_alarm_seconds"), ("learner", "num_devices")):
         del info["config"][section][name]
+    for section, name in (("", "protocol"), ("env", "fire_reset")):
+        del (info["config"][section] if section else info["config"])[name]
     (run / "run.json").write_text(json.dumps(info))
     more = ["--max-updates", "6", *TINY[:1], *TINY[3:]]
     assert cli.main([*command, str(run), *more]) == 0
