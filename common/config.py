@@ -408,6 +408,12 @@ class LearnerConfig:
     learning_rate: float = 2.5e-4
     """Step size of the optimizer."""
 
+    learning_rate_final: float = 0.0
+    """Where the learning rate ends, see learning_rate_anneal_updates."""
+
+    learning_rate_anneal_updates: int | None = None
+    """Updates over which the learning rate goes linearly to learning_rate_final. None: it stays."""
+
     optimizer_epsilon: float = 1.5e-4
     """Added to the denominator of the optimizer."""
 
@@ -422,6 +428,10 @@ class LearnerConfig:
 
     target_soft_rate: float | None = None
     """At every update target += rate * (online - target). None: hard copies, see target_period_updates."""
+
+    publish_params: Literal["online", "target"] = "online"
+    """Which network actors and evaluator play with. target: with target_soft_rate, an average of the last 1 / rate updates, which
+    is steadier than any of them (as in D'Oro et al. 2023, SR-SPR)."""
 
     importance_exponent: float = 0.4
     """beta of Schaul et al. 2016. It has no effect where all items are equally probable."""
@@ -473,7 +483,10 @@ class LearnerConfig:
         _require_positive("learner", self, "target_period_updates", "prefetch_batches", "publish_period_updates")
         _require_positive("learner", self, "checkpoint_period_seconds", "checkpoints_kept", "num_threads", "priority_floor")
         _require_positive("learner", self, "entropy_temperature", "num_quantile_samples", "num_target_quantile_samples")
-        _require_positive("learner", self, "importance_anneal_updates")
+        _require_positive("learner", self, "importance_anneal_updates", "learning_rate_anneal_updates")
+        _require(
+            self.learning_rate_final >= 0, f"learner.learning_rate_final must not be negative, got {self.learning_rate_final}"
+        )
         _require_positive("learner", self, "num_devices")
         _require_fraction("learner", self, "importance_exponent", "target_soft_rate", "rmsprop_decay", "munchausen_coefficient")
         _require(self.munchausen_clip <= 0, f"learner.munchausen_clip must not be positive, got {self.munchausen_clip}")

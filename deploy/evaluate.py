@@ -47,7 +47,7 @@ def evaluate(
         raise UserError(f"{path} has no checkpoint yet: let qfleet train run for a minute")
     saved = checkpoints.read(newest)
     evaluator = roles.make_evaluator(replace(config, protocol=None, env=env), spec, None)
-    arrays = saved.tensors["online"]
+    arrays = saved.tensors[config.learner.publish_params]
     evaluator.network.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
     evaluator.use_version(saved.meta["epoch"], saved.meta["updates"])
     seed = config.seed + 1 if seed is None else seed

@@ -115,6 +115,15 @@ class Update:
             elif updates % (config.target_period_updates or 1) == 0:
                 self.target.load_state_dict(self.online.state_dict())
 
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Sets the step size of the updates that follow."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):  # Part of what was recorded on a GPU.
+                with self.on_stream():
+                    group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
+
     def report(self, results: Results) -> tuple[Tensor, torch.cuda.Event | None]:
         """Starts to bring f32[B + 3], the TD errors and the scalars, to the host; returns them and what to wait for first."""
         with self.on_stream():
@@ -226,13 +235,13 @@ def pick_compilation(name: str, device: torch.device) -> str:
 def make_optimizer(config: LearnerConfig, network: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """Builds the optimizer that the configuration names; on a GPU such that its step can be recorded."""
     parameters, on_gpu = network.parameters(), device.type == "cuda"
+    is_annealed = config.learning_rate_anneal_updates is not None
+    learning_rate = torch.tensor(config.learning_rate, device=device) if on_gpu and is_annealed else config.learning_rate
     if config.optimizer == "adam":
-        return torch.optim.Adam(
-            parameters, lr=config.learning_rate, eps=config.optimizer_epsilon, fused=True, capturable=on_gpu
-        )
+        return torch.optim.Adam(parameters, lr=learning_rate, eps=config.optimizer_epsilon, fused=True, capturable=on_gpu)
     return torch.optim.RMSprop(
         parameters,
-        lr=config.learning_rate,
+        lr=learning_rate,
         alpha=config.rmsprop_decay,
         eps=config.optimizer_epsilon,
         centered=True,

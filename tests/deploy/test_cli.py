@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from deploy import cli, plan
+from deploy import cli, plan, roles
 from deploy.recipes import RECIPES
+from deploy.run_dir import newest_checkpoint_path
+from learner import checkpoint as checkpoints
 
 TINY = ["--serial", "--max-updates", "5", "--log-period-seconds", "1000", "--evaluation.final-episodes", "2"]
 
@@ -222,3 +224,29 @@ def test_evaluate_writes_the_evaluation_object(run, tmp_path):
     assert result["episodes"] == 3 == len(result["returns"])
     assert result["mean_return"] == pytest.approx(sum(result["returns"]) / 3)
     assert result["epsilon"] == 0.5 and result["protocol"] == "gymnasium"
+
+
+def test_evaluate_plays_the_network_that_was_published(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("deploy.roles.make_evaluator", _spy_on_networks(roles.make_evaluator, loaded))
+    for name in ("online", "target"):
+        path = tmp_path / name
+        flags = ["--learner.publish-params", name, "--learner.target-period-updates", "1000", *TINY]
+        assert cli.main(["train", "gridworld", "--run-dir", str(path), *flags]) == 0
+        loaded.clear()
+        assert cli.main(["evaluate", str(path), "--episodes", "1"]) == 0
+        tensors = checkpoints.read(newest_checkpoint_path(path)).tensors
+        (network,) = loaded
+        played = {key: value.numpy() for key, value in network.state_dict().items()}
+        assert all((played[key] == value).all() for key, value in tensors[name].items())
+        other = tensors["target" if name == "online" else "online"]
+        assert any((played[key] != value).any() for key, value in other.items())
+
+
+def _spy_on_networks(make_evaluator, networks):
+    def make(*args, **kwargs):
+        evaluator = make_evaluator(*args, **kwargs)
+        networks.append(evaluator.network)
+        return evaluator
+
+    return make
