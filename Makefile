@@ -29,7 +29,7 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/learner_threads.py
 
-# Whole systems beside each other, about an hour; on a machine with nothing else to do.
+# Whole systems beside each other, about 75 minutes; on a machine with nothing else to do.
 bench-system: .venv/installed build/peers/sb3/installed build/peers/rllib/installed
 	$(BIN)/python benchmarks/system.py --fill --rounds 3 --json build/system.json $(ARGS)
 
