@@ -1,5 +1,5 @@
 # Every target makes .venv when it is missing. RECIPE=cartpole, RUN_DIR=..., ARGS="--seed 1" go to `make train`; without RUN_DIR the
-# run is in runs/RECIPE, and with the game and the seed in its name where they are not the recipe's.
+# run is in runs/RECIPE, and with game, protocol and seed in its name where they are not the recipe's.
 PYTHON ?= python3
 RECIPE ?= pong
 RUN_DIR ?=
@@ -9,7 +9,7 @@ SOURCES := actors common deploy learner replay_server tests benchmarks
 
 PEERS := cpprb reverb rllib sb3 torchrl
 
-.PHONY: train test test-slow lint bench bench-peers clean
+.PHONY: train test test-slow lint bench bench-peers bench-system clean
 
 train: .venv/installed
 	$(BIN)/qfleet train $(RECIPE) $(if $(RUN_DIR),--run-dir $(RUN_DIR)) $(ARGS)
@@ -29,7 +29,11 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/learner_threads.py
 
-# One virtual environment for each system that benchmarks/replay.py or learner.py compares with. One that cannot be installed stops no other.
+# Whole systems beside each other, about 75 minutes; on a machine with nothing else to do.
+bench-system: .venv/installed build/peers/sb3/installed build/peers/rllib/installed
+	$(BIN)/python benchmarks/system.py --fill --rounds 3 --json build/system.json $(ARGS)
+
+# One virtual environment for each system that benchmarks/replay.py, learner.py or system.py compares with. One that cannot be installed stops no other.
 bench-peers: $(PEERS:%=build/peers/%/installed)
 
 build/peers/%/installed: benchmarks/peers/requirements/%.txt

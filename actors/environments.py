@@ -91,6 +91,7 @@ class AtariEnvironment:
                 stack_num=1,
                 frameskip=config.frame_skip,
                 noop_max=config.noop_max,
+                use_fire_reset=config.fire_reset,
                 life_loss_info=config.life_loss_terminates,
                 episodic_life=False,
                 reward_clipping=False,

@@ -20,18 +20,6 @@ from common.networks import QNetwork
 from common.protocols import ParamsReader
 
 
-def protocol_name(config: EnvConfig) -> str:
-    """Names the Atari protocol: legacy (Mnih et al. 2015) or machado (Machado et al. 2018, arXiv:1709.06009)."""
-    if not config.is_atari:
-        return "gymnasium"
-    common = config.max_episode_frames == 108_000 and config.frame_skip == 4
-    if common and config.sticky_action_probability == 0 and not config.full_action_set and config.noop_max == 30:
-        return "legacy"
-    if common and config.sticky_action_probability == 0.25 and config.full_action_set and config.noop_max == 0:
-        return "machado"
-    return "custom"
-
-
 class Evaluator:
     """Plays `episodes` episodes, a fixed number in each of its environments, so that short ones are not preferred.
 
@@ -50,6 +38,7 @@ class Evaluator:
         make: Callable[[EnvConfig], VectorEnvironment] = lambda config: make_environment(config, 1),
     ) -> None:
         self._env = replace(env, life_loss_terminates=False)
+        self._protocol = env.protocol_name  # Training's signal of lost lives is part of it.
         self._config, self.network, self._params, self._make = evaluation, network, params, make
         self._environments: list[VectorEnvironment] = []
         self._params_epoch, self._params_version = -1, 0
@@ -127,7 +116,7 @@ class Evaluator:
             episodes=len(returns),
             returns=returns,
             epsilon=self._config.epsilon,
-            protocol=protocol_name(self._env),
+            protocol=self._protocol,
             seed=self._seed,
             params_epoch=self._params_epoch,
             params_version=self._params_version,

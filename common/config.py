@@ -10,7 +10,9 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from common.errors import UserError
 
 _UNITS = {
     "": 1,
@@ -72,6 +74,31 @@ def _require_fraction(section: str, config: object, *names: str) -> None:
         _require(value is None or 0.0 <= value <= 1.0, f"{section}.{name} must be in [0, 1], got {value}")
 
 
+ProtocolName = Literal["legacy", "machado"]
+
+ATARI_PROTOCOLS: dict[str, dict[str, Any]] = {
+    "legacy": {
+        "sticky_action_probability": 0.0,
+        "noop_max": 30,
+        "full_action_set": False,
+        "max_episode_frames": 108_000,
+        "frame_skip": 4,
+    },
+    "machado": {
+        "sticky_action_probability": 0.25,
+        "noop_max": 0,
+        "full_action_set": True,
+        "max_episode_frames": 108_000,
+        "frame_skip": 4,
+        "fire_reset": False,
+        "life_loss_terminates": False,
+    },
+}
+"""What an evaluation protocol says of EnvConfig's fields; what it does not name may be either way. legacy: Mnih et al. 2015 and
+those who followed; machado: Machado et al. 2018 (arXiv:1709.06009). Both papers cut an episode after 18,000 frames; 108,000 is what
+later work has (Rainbow, Dopamine, Gymnasium's ALE/*-v5)."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EnvConfig:
     """The environment: an Atari game, or any Gymnasium environment with Discrete actions and a Box observation."""
@@ -95,7 +122,10 @@ class EnvConfig:
     """Atari: emulator frames after which an episode is truncated (30 minutes)."""
 
     noop_max: int = 30
-    """Atari: at most so many random no-op frames at the start of an episode."""
+    """Atari: at most so many random no-op frames at the start of an episode. ale-py plays 0 to noop_max - 1, FIRE counted."""
+
+    fire_reset: bool = True
+    """Atari: an episode begins with a frame of FIRE, in games that have it. ale-py's own way; in neither protocol's paper."""
 
     life_loss_terminates: bool = False
     """Atari: training sees a lost life as a terminal state; the game goes on. Evaluation never does."""
@@ -115,6 +145,25 @@ class EnvConfig:
     @property
     def frames_per_step(self) -> int:
         return self.frame_skip if self.is_atari else 1
+
+    @property
+    def protocol_name(self) -> str:
+        """legacy, machado or custom for Atari, gymnasium else."""
+        if not self.is_atari:
+            return "gymnasium"
+        return next((name for name in ATARI_PROTOCOLS if self.with_protocol(name) == self), "custom")
+
+    def with_protocol(self, protocol: str) -> EnvConfig:
+        """Returns this environment as an Atari protocol wants it.
+
+        Raises:
+          UserError: where there is no such protocol, or the game is not of Atari.
+        """
+        if protocol not in ATARI_PROTOCOLS:
+            raise UserError(f"unknown protocol {protocol!r}; there are {' and '.join(ATARI_PROTOCOLS)}")
+        if not self.is_atari:
+            raise UserError(f"protocol {protocol} is of Atari games, not of {self.game}: leave out --protocol")
+        return dataclasses.replace(self, **ATARI_PROTOCOLS[protocol])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -359,6 +408,12 @@ class LearnerConfig:
     learning_rate: float = 2.5e-4
     """Step size of the optimizer."""
 
+    learning_rate_final: float = 0.0
+    """Where the learning rate ends, see learning_rate_anneal_updates."""
+
+    learning_rate_anneal_updates: int | None = None
+    """Updates over which the learning rate goes linearly to learning_rate_final. None: it stays."""
+
     optimizer_epsilon: float = 1.5e-4
     """Added to the denominator of the optimizer."""
 
@@ -373,6 +428,10 @@ class LearnerConfig:
 
     target_soft_rate: float | None = None
     """At every update target += rate * (online - target). None: hard copies, see target_period_updates."""
+
+    publish_params: Literal["online", "target"] = "online"
+    """Which network actors and evaluator play with. target: with target_soft_rate, an average of the last 1 / rate updates, which
+    is steadier than any of them (as in D'Oro et al. 2023, SR-SPR)."""
 
     importance_exponent: float = 0.4
     """beta of Schaul et al. 2016. It has no effect where all items are equally probable."""
@@ -424,7 +483,10 @@ class LearnerConfig:
         _require_positive("learner", self, "target_period_updates", "prefetch_batches", "publish_period_updates")
         _require_positive("learner", self, "checkpoint_period_seconds", "checkpoints_kept", "num_threads", "priority_floor")
         _require_positive("learner", self, "entropy_temperature", "num_quantile_samples", "num_target_quantile_samples")
-        _require_positive("learner", self, "importance_anneal_updates")
+        _require_positive("learner", self, "importance_anneal_updates", "learning_rate_anneal_updates")
+        _require(
+            self.learning_rate_final >= 0, f"learner.learning_rate_final must not be negative, got {self.learning_rate_final}"
+        )
         _require_positive("learner", self, "num_devices")
         _require_fraction("learner", self, "importance_exponent", "target_soft_rate", "rmsprop_decay", "munchausen_coefficient")
         _require(self.munchausen_clip <= 0, f"learner.munchausen_clip must not be positive, got {self.munchausen_clip}")
@@ -476,8 +538,13 @@ class RunConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    protocol: ProtocolName | None = None
+    """Atari: sets the environment as an evaluation protocol wants it, and refuses flags that contradict it. legacy: no sticky actions,
+    no-op starts, the game's own actions (Mnih et al. 2015); machado: sticky actions 0.25, all 18 actions, neither no-op starts nor a
+    signal of lost lives (Machado et al. 2018, arXiv:1709.06009). None: the environment is what its own fields say."""
+
     run_dir: str | None = None
-    """Where the run writes; an existing run there is continued. None: runs/RECIPE, with game and seed where they differ."""
+    """Where the run writes; an existing run there is continued. None: runs/RECIPE, with game, protocol and seed where they differ."""
 
     seed: int = 0
     """Of everything random."""
@@ -504,6 +571,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require_positive("run", self, "max_minutes", "max_updates", "max_env_steps", "log_period_seconds")
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        if self.protocol is not None:
+            named = self.env.with_protocol(self.protocol)
+            for name in ATARI_PROTOCOLS[self.protocol]:
+                wanted, given = getattr(named, name), getattr(self.env, name)
+                _require(
+                    given == wanted,
+                    f"protocol {self.protocol} has env.{name} {wanted}, not {given}: leave out that flag, or --protocol",
+                )
         _require(
             self.learner.batch_size >= self.replay.num_shards,
             f"learner.batch_size {self.learner.batch_size} is less than replay.num_shards {self.replay.num_shards}",

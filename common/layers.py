@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from functools import partial
 
@@ -56,17 +57,21 @@ def draw_noise(num_rows: int, num_noise: int, generator: torch.Generator) -> Ten
 
 
 class Head(nn.Sequential):
-    """Fully connected layers, which may be noisy."""
+    """Fully connected layers, which may be noisy. The last one computes in float32 under autocast too: bfloat16 has steps of 0.008
+    between 1 and 2, where the values of two actions often differ by less."""
 
     def forward(self, input: Tensor, noise: Tensor | None = None) -> Tensor:
         """Returns f32[B, ..., num_out] for f32[B, ..., num_in]; `noise` f32[R, num_noise] is that of its layers, in order."""
         start = 0
-        for layer in self:
-            if isinstance(layer, NoisyLinear):
-                of_layer = None if noise is None else noise[:, start : start + layer.num_noise]
-                input, start = layer(input, of_layer), start + layer.num_noise
-            else:
-                input = layer(input)
+        for i, layer in enumerate(self):
+            is_last = i == len(self) - 1
+            with torch.autocast(input.device.type, enabled=False) if is_last else contextlib.nullcontext():
+                input = input.float() if is_last else input
+                if isinstance(layer, NoisyLinear):
+                    of_layer = None if noise is None else noise[:, start : start + layer.num_noise]
+                    input, start = layer(input, of_layer), start + layer.num_noise
+                else:
+                    input = layer(input)
         return input
 
     @property

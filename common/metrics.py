@@ -114,7 +114,7 @@ class EvaluationResult:
     """Raw returns, environment by environment."""
     epsilon: float
     protocol: str
-    """legacy, machado or custom for Atari, gymnasium else; see `protocol_name`."""
+    """legacy, machado or custom for Atari, gymnasium else; see `EnvConfig.protocol_name`."""
     seed: int
     params_epoch: int
     params_version: int

@@ -1,4 +1,4 @@
-"""Schedules of exploration. Pure: a function of a count."""
+"""Schedules. Pure: a function of a count."""
 
 from __future__ import annotations
 

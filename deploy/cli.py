@@ -14,19 +14,19 @@ import itertools
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from common.config import ByteSize, RunConfig
+from common.config import ATARI_PROTOCOLS, ByteSize, ProtocolName, RunConfig
 from common.errors import UserError
 
 _USAGE = """usage: qfleet train RECIPE [flags]     train; the same command on the same run directory continues it
        qfleet resume RUN [flags]       continue a run with its own settings
-       qfleet evaluate RUN [flags]     play a run's last checkpoint: --episodes, --json, --video
+       qfleet evaluate RUN [flags]     play a run's last checkpoint: --protocol, --episodes, --json, --video
        qfleet report RUN ... [flags]   one page about one or more runs: scores with intervals, curves, how they ran; --out
        qfleet adjust RUN [flags]       change the limiter of a run that is under way: --samples-per-insert, --min-size
        qfleet plan RECIPE [flags]      print what a run will take of this machine, and what to change where it does not fit
@@ -68,8 +68,10 @@ def _byte_size(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[ByteSize] | 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateFlags:
-    """Plays the newest checkpoint of a run: its own environments, raw returns, full episodes."""
+    """Plays the newest checkpoint of a run: environments of its own, raw returns, full episodes."""
 
+    protocol: ProtocolName | None = None
+    """Atari: the protocol to evaluate under, whatever the run was trained with. None: the run's own environment."""
     episodes: int = 10
     """Episodes to play."""
     epsilon: float | None = None
@@ -169,6 +171,7 @@ def _dispatch(words: list[str]) -> int:
         chosen = _parse(EvaluateFlags, EvaluateFlags(), flags, "qfleet evaluate RUN")
         return evaluate(
             Path(subject),
+            protocol=chosen.protocol,
             episodes=chosen.episodes,
             epsilon=chosen.epsilon,
             seed=chosen.seed,
@@ -200,15 +203,23 @@ def _dispatch(words: list[str]) -> int:
         from deploy.plan import print_plan
 
         return print_plan(config)
-    path = Path(config.run_dir) if config.run_dir is not None else run_dir.default_path(config, recipe.env.game)
+    path = Path(config.run_dir) if config.run_dir is not None else run_dir.default_path(config, recipe.env)
     return train(config, path)
 
 
 def _run_config(default: RunConfig, flags: list[str], program: str) -> RunConfig:
-    config = _parse(RunConfig, default, flags, program)
+    config = _parse(RunConfig, _with_named_protocol(default, flags), flags, program)
     if config.recipe != default.recipe:
         raise UserError("--recipe names the recipe and cannot be set: give another recipe to qfleet train")
     return config
+
+
+def _with_named_protocol(default: RunConfig, flags: list[str]) -> RunConfig:
+    """Lets --protocol set the environment before other flags do: what then differs from the protocol contradicts it."""
+    named = re.findall(r"(?:^| )--protocol[ =](\S+)", " ".join(flags))
+    if not named or named[-1] not in ATARI_PROTOCOLS:
+        return default
+    return replace(default, protocol=None, env=replace(default.env, **ATARI_PROTOCOLS[named[-1]]))
 
 
 def _parse(kind: type[T], default: T, flags: list[str], program: str) -> T:

@@ -48,6 +48,7 @@ class Progress:
         self.learner: LearnerStats | None = None
         self.shards: Sequence[ShardStats] = []
         self.evaluation: EvaluationResult | None = None
+        self.evaluated_frames = 0  # Of training, when `evaluation` took its parameters.
         self.returns: deque[float] = deque(maxlen=_RECENT_EPISODES)
         self.events: deque[str] = deque(maxlen=4)
         self._known_faults: dict[str, int] = {}
@@ -114,6 +115,7 @@ class Progress:
     def on_evaluation(self, result: EvaluationResult) -> None:
         """Takes a result; the next row has it, and says when its parameters were taken."""
         self.evaluation = result
+        self.evaluated_frames = self._evaluation_began[1] * self.config.env.frames_per_step
         self._evaluation_is_new = True
 
     def stopped_by(self) -> str | None:

@@ -180,7 +180,9 @@ def _record(run: Run, path: Path) -> tuple[int, float]:
         raise UserError(f"{run.path} has no checkpoint yet")
     saved = checkpoints.read(newest)
     network = make_network(run.config.network, probe(run.config.env), 0)
-    network.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in saved.tensors["online"].items()})
+    network.load_state_dict(
+        {name: torch.from_numpy(array.copy()) for name, array in saved.tensors[run.config.learner.publish_params].items()}
+    )
     aside = path.with_name(f".{path.stem}.part.mp4")
     try:
         total = record(

@@ -14,7 +14,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from deploy import report_figures as figures
-from deploy.human_scores import random_and_human
+from deploy.human_scores import reference_scores
 from deploy.recipes import RECIPES
 from deploy.report_figures import MarkPanel, Panel, compact, plain
 from deploy.report_runs import CARD_FIELDS, NOT_RECORDED, Card, Group, Run, differing, flat_config, group_notes, number
@@ -98,10 +98,8 @@ def render(report: Report) -> str:
 
 def references(game: str) -> list[tuple[str, float]]:
     """Returns the returns to compare with, where the table has the game."""
-    if game not in random_and_human():
-        return []
-    random, human = random_and_human()[game]
-    return [("random", random), ("human", human)]
+    known = reference_scores().get(game)
+    return [("random", known.random), ("human", known.human)] if known else []
 
 
 def interval_text(low: float | None, high: float | None, num_runs: int) -> str:
@@ -113,7 +111,7 @@ def interval_text(low: float | None, high: float | None, num_runs: int) -> str:
 
 
 def game_title(game: str) -> str:
-    return game.replace("_", " ").title() if game in random_and_human() else game
+    return game.replace("_", " ").title() if game in reference_scores() else game
 
 
 def _title(report: Report) -> str:
@@ -221,8 +219,14 @@ def _cards(groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _merged(cards: Sequence[Card], name: str) -> str:
-    values = [_value(card[name]) if name in card else NOT_RECORDED for card in cards]
+    values = [_card_value(card, name) for card in cards]
     return ", ".join(dict.fromkeys(values))
+
+
+def _card_value(card: Card, name: str) -> str:
+    if name not in card or (name == "commit" and card[name] is None):
+        return NOT_RECORDED
+    return "none" if card[name] is None and name != "reward_clip" else _value(card[name])
 
 
 def _event(run: Run) -> list[str]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from actors.evaluator import protocol_name
 from common import config as configs
 from common.config import ByteSize, RunConfig
 from deploy import run_dir
@@ -31,6 +30,7 @@ CARD_FIELDS = (
     "protocol",
     "sticky_action_probability",
     "noop_max",
+    "fire_reset",
     "max_episode_frames",
     "frame_skip",
     "action_set",
@@ -43,15 +43,25 @@ CARD_FIELDS = (
     "human_scores",
     "commit",
 )
-_MUST_AGREE = (*CARD_FIELDS[:6], "epsilon")  # Scores of runs that differ in one of these are not comparable.
+_MUST_AGREE = (  # Scores of runs that differ in one of these are not comparable.
+    "protocol",
+    "sticky_action_probability",
+    "noop_max",
+    "max_episode_frames",
+    "frame_skip",
+    "action_set",
+    "epsilon",
+)
 _OF_THE_PROTOCOL = (
     "env.sticky_action_probability",
     "env.noop_max",
+    "env.fire_reset",
+    "env.life_loss_terminates",
     "env.max_episode_frames",
     "env.frame_skip",
     "env.full_action_set",
 )
-_NOT_COMPARED = ("env.game", "seed", "run_dir")
+_NOT_COMPARED = ("env.game", "seed", "run_dir", "protocol")  # The protocol that was played is, not the promise.
 _MOST_DIFFERENCES = 3
 _MOST_NAMES = 5
 NOT_RECORDED = "not recorded"
@@ -423,7 +433,7 @@ def _recipe_settings(name: str) -> dict[str, Any]:
     if recipe is None:
         return {}
     config = recipe()
-    return {"protocol": protocol_name(config.env)} | flat_config(config)
+    return {"protocol": config.env.protocol_name} | flat_config(config)
 
 
 def _plain(value: Any) -> str:
@@ -436,10 +446,10 @@ def _key(value: Any) -> str:
 
 def _card_of(config: RunConfig) -> Card:
     """Returns as much of a protocol card as the settings tell."""
-    card: Card = {"protocol": protocol_name(config.env), "reward_clip": config.actors.reward_clip}
+    card: Card = {"protocol": config.env.protocol_name, "reward_clip": config.actors.reward_clip}
     card |= {"epsilon": config.evaluation.epsilon, "episodes": config.evaluation.final_episodes, "warnings": []}
     if config.env.is_atari:
-        card |= {name: getattr(config.env, name) for name in CARD_FIELDS[1:5]}
+        card |= {name: getattr(config.env, name) for name in CARD_FIELDS[1:6]}
         card["action_set"] = "full" if config.env.full_action_set else "minimal"
         card["life_loss_signal"] = config.env.life_loss_terminates
     return card

@@ -11,18 +11,20 @@ import json
 import os
 import platform
 import secrets
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from common import config as config_module
-from common.config import RunConfig
+from common.config import EnvConfig, RunConfig
 from common.errors import CheckpointError, UserError
 from learner import checkpoint as checkpoints
 
 FORMAT_VERSION = 1
 _PACKAGES = ("torch", "ray", "gymnasium", "ale-py", "numpy", "lz4", "msgpack", "safetensors")
 _MUST_AGREE = ("env", "network", "seed", "learner.optimizer")
+_CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(slots=True)
@@ -38,6 +40,8 @@ class RunDirectory:
     """The plain values of that checkpoint; empty at the beginning."""
     changed: list[str]
     """Settings that differ from those of the command before this one."""
+    commit: str | None
+    """Of the code, when this command began; see `commit`."""
     _info: dict[str, Any]
     _lock: TextIO
 
@@ -56,10 +60,11 @@ class RunDirectory:
         self._lock.close()
 
 
-def default_path(config: RunConfig, recipe_game: str) -> Path:
-    """Returns runs/RECIPE, with the game where it is not the recipe's and the seed where it is not 0."""
+def default_path(config: RunConfig, recipe_env: EnvConfig) -> Path:
+    """Returns runs/RECIPE, with game and named protocol where they are not the recipe's, and the seed where it is not 0."""
     parts = [config.recipe]
-    parts += [config.env.game] if config.env.game != recipe_game else []
+    parts += [config.env.game] if config.env.game != recipe_env.game else []
+    parts += [config.protocol] if config.protocol not in (None, recipe_env.protocol_name) else []
     parts += [f"seed{config.seed}"] if config.seed else []
     return Path("runs") / "-".join(parts)
 
@@ -92,7 +97,7 @@ def _open_locked(config: RunConfig, path: Path, lock: TextIO) -> RunDirectory:
     if info_path.exists():
         info = read_run_json(path)
         # Through `read_config`: a setting that the version which wrote it did not have is what its default says.
-        changed = _differences(config_module.as_dict(read_config(path)), config_module.as_dict(config), path)
+        changed = _differences(read_config(path), config, path)
         checkpoint = newest_checkpoint_path(path)
         meta = dict(checkpoints.read(checkpoint).meta) if checkpoint else {}
         if meta and meta["run"] != info["run"]:
@@ -103,7 +108,9 @@ def _open_locked(config: RunConfig, path: Path, lock: TextIO) -> RunDirectory:
     write_json(info_path, info)
     for left in path.glob("adjust-*.json"):  # For a command that has ended: this one's flags are newer.
         left.unlink()
-    return RunDirectory(path=path, run=info["run"], checkpoint=checkpoint, meta=meta, changed=changed, _info=info, _lock=lock)
+    return RunDirectory(
+        path=path, run=info["run"], checkpoint=checkpoint, meta=meta, changed=changed, commit=commit(), _info=info, _lock=lock
+    )
 
 
 def read_run_json(path: Path) -> dict[str, Any]:
@@ -172,12 +179,17 @@ def _make_directory(path: Path) -> None:
         raise UserError(f"--run-dir {path}: has files ({foreign[0]}) but no run; choose an empty or new directory")
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], path: Path) -> list[str]:
+def _differences(old: RunConfig, new: RunConfig, path: Path) -> list[str]:
     """Returns what changed; raises UserError where the run could not go on with it."""
-    if old.get("recipe") != new["recipe"]:
-        raise UserError(f"{path} holds a run of recipe {old.get('recipe')!r}, not {new['recipe']!r}: choose another --run-dir")
+    if old.recipe != new.recipe:
+        raise UserError(f"{path} holds a run of recipe {old.recipe!r}, not {new.recipe!r}: choose another --run-dir")
+    if new.protocol not in (None, old.env.protocol_name):
+        raise UserError(
+            f"{path} holds a run of protocol {old.env.protocol_name}, which it keeps: begin another one with "
+            f"qfleet train {new.recipe} --protocol {new.protocol} and another --run-dir"
+        )
     changed = []
-    flat_old, flat_new = _flat(old), _flat(new)
+    flat_old, flat_new = _flat(config_module.as_dict(old)), _flat(config_module.as_dict(new))
     for name, value in flat_new.items():
         before = flat_old.get(name)
         if before == value or name == "run_dir":
@@ -197,6 +209,19 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def commit(checkout: Path = _CHECKOUT) -> str | None:
+    """Returns the git commit of the checkout, with -dirty where a tracked file was changed; None where it is none, or without git."""
+    if not (checkout / ".git").exists():  # Installed elsewhere: a repository around it is not ours.
+        return None
+    words = ["git", f"--git-dir={checkout / '.git'}", f"--work-tree={checkout}"]
+    words += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def hardware() -> dict[str, Any]:

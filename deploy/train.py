@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from actors.environments import probe
-from common.config import RunConfig
+from common.config import EnvSpec, RunConfig
 from common.errors import UserError
 from deploy import run_dir as run_dirs
+from deploy.human_scores import human_normalized_score
 from deploy.outcome import Outcome
 from deploy.plan import check_learner, check_memory, plan_cpus
 from deploy.plots import draw_learning_curve
 from deploy.progress import Progress
+from deploy.protocol_card import make_card
 from deploy.recorder import Recorder
 from deploy.stop_signal import StopSignal
 
@@ -66,14 +69,16 @@ def train(config: RunConfig, path: Path) -> int:
         if outcome is None:
             recorder.close()
             run_dir.close()
-    return _close(config, run_dir, progress, recorder, outcome)
+    return _close(config, spec, run_dir, progress, recorder, outcome)
 
 
-def _close(config: RunConfig, run_dir: run_dirs.RunDirectory, progress: Progress, recorder: Recorder, outcome: Outcome) -> int:
+def _close(
+    config: RunConfig, spec: EnvSpec, run_dir: run_dirs.RunDirectory, progress: Progress, recorder: Recorder, outcome: Outcome
+) -> int:
     """Writes what a run leaves, and says how it ended; returns the exit status."""
     try:
         recorder.close()
-        run_dir.write_summary(_summary(config, progress, outcome))
+        run_dir.write_summary(_summary(config, progress, outcome) | _score(config, spec, run_dir, progress))
         draw_learning_curve([run_dir.path], run_dir.path / "learning_curve.png")
     except OSError as error:
         print(f"qfleet: {run_dir.path}: {error.strerror}: the summary could not be written", file=sys.stderr)
@@ -109,6 +114,23 @@ def _summary(config: RunConfig, progress: Progress, outcome: Outcome) -> dict[st
         "evaluation": progress.evaluation_dict(),
         "ledger": outcome.ledger,
     }
+
+
+def _score(config: RunConfig, spec: EnvSpec, run_dir: run_dirs.RunDirectory, progress: Progress) -> dict[str, Any]:
+    """Returns what makes the evaluation comparable with others; None where there was none."""
+    result = progress.evaluation
+    if result is None:
+        return {"human_normalized_score": None, "protocol_card": None}
+    card = make_card(
+        config,
+        result,
+        env=config.env,
+        num_actions=spec.num_actions,
+        training_frames=progress.evaluated_frames,
+        commit=run_dir.commit,
+    )
+    score = human_normalized_score(config.env.game, result.mean_return)
+    return {"human_normalized_score": score, "protocol_card": asdict(card)}
 
 
 def _report(path: Path, progress: Progress, outcome: Outcome) -> int:

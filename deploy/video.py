@@ -88,6 +88,7 @@ def _colour_twin(config: EnvConfig) -> Any:
         stack_num=1,
         frameskip=config.frame_skip,
         noop_max=config.noop_max,
+        use_fire_reset=config.fire_reset,
         reward_clipping=False,
         grayscale=False,
         img_height=210,

@@ -113,14 +113,15 @@ class Learner:
             self._group.close()
 
     def publish(self) -> None:
-        """Publishes the online parameters as version `updates`."""
+        """Publishes the parameters of `config.publish_params` as version `updates`."""
         self._settle()
+        network = self._target if self._config.publish_params == "target" else self._online
         snapshot = ParamsSnapshot(
             run=self._run,
             epoch=self._epoch,
             version=self._stats.updates,
-            layout=params_module.layout(self._online),
-            params=params_module.flatten(self._online, bf16=self._config.publish_precision == "bf16"),
+            layout=params_module.layout(network),
+            params=params_module.flatten(network, bf16=self._config.publish_precision == "bf16"),
         )
         self._params.publish(wire.pack(snapshot))
         self._stats.published_version = self._stats.updates
@@ -247,11 +248,21 @@ class Learner:
         stats.busy_seconds += time.monotonic() - started
 
     def _anneal(self) -> None:
-        """Gives batches that are drawn from now on the importance exponent of this update."""
-        config, num = self._config, self._config.importance_anneal_updates
-        if num is not None:
-            first = config.importance_exponent
-            self._source.importance_exponent = schedules.linear(self.updates, initial=first, final=1.0, num=num)
+        """Sets what changes over the run: the importance exponent of batches that are drawn from now on, and the learning rate."""
+        config = self._config
+        if config.importance_anneal_updates is not None:
+            self._source.importance_exponent = schedules.linear(
+                self.updates, initial=config.importance_exponent, final=1.0, num=config.importance_anneal_updates
+            )
+        if config.learning_rate_anneal_updates is not None:
+            self._update.set_learning_rate(
+                schedules.linear(
+                    self.updates,
+                    initial=config.learning_rate,
+                    final=config.learning_rate_final,
+                    num=config.learning_rate_anneal_updates,
+                )
+            )
 
     @property
     def _is_first(self) -> bool:

@@ -93,8 +93,10 @@ class Update:
                 sums, *gradients = self._group.sum([sums, *gradients])
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 parameter.grad = gradient
-            limit = self._config.max_grad_norm
-            norm = nn.utils.clip_grad_norm_(self._parameters, limit if limit is not None else float("inf"))
+            norm, limit = nn.utils.get_total_norm(gradients), self._config.max_grad_norm
+            # Where the host knows the norm without waiting, gradients that need no clipping are not passed over.
+            if limit is not None and not (self._device.type == "cpu" and norm <= limit):
+                nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
             return Results(td_error, torch.cat([sums, norm[None]]))
 
     def apply(self) -> None:
@@ -112,6 +114,15 @@ class Update:
                     target.copy_(online)
             elif updates % (config.target_period_updates or 1) == 0:
                 self.target.load_state_dict(self.online.state_dict())
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Sets the step size of the updates that follow."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):  # Part of what was recorded on a GPU.
+                with self.on_stream():
+                    group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
 
     def report(self, results: Results) -> tuple[Tensor, torch.cuda.Event | None]:
         """Starts to bring f32[B + 3], the TD errors and the scalars, to the host; returns them and what to wait for first."""
@@ -224,13 +235,13 @@ def pick_compilation(name: str, device: torch.device) -> str:
 def make_optimizer(config: LearnerConfig, network: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """Builds the optimizer that the configuration names; on a GPU such that its step can be recorded."""
     parameters, on_gpu = network.parameters(), device.type == "cuda"
+    is_annealed = config.learning_rate_anneal_updates is not None
+    learning_rate = torch.tensor(config.learning_rate, device=device) if on_gpu and is_annealed else config.learning_rate
     if config.optimizer == "adam":
-        return torch.optim.Adam(
-            parameters, lr=config.learning_rate, eps=config.optimizer_epsilon, fused=True, capturable=on_gpu
-        )
+        return torch.optim.Adam(parameters, lr=learning_rate, eps=config.optimizer_epsilon, fused=True, capturable=on_gpu)
     return torch.optim.RMSprop(
         parameters,
-        lr=config.learning_rate,
+        lr=learning_rate,
         alpha=config.rmsprop_decay,
         eps=config.optimizer_epsilon,
         centered=True,

@@ -11,7 +11,8 @@ import copy
 from typing import Any
 
 import torch
-from learner_harness import CONVOLUTIONS, HIDDEN, LEARNING_RATE, NUM_ACTIONS, RawBatch, serve
+from layers import CONVOLUTIONS, HIDDEN
+from learner_harness import LEARNING_RATE, NUM_ACTIONS, RawBatch, serve
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,7 +23,7 @@ TARGET_PERIOD_UPDATES = 1_000
 class Network(nn.Module):
     """Convolutions and ReLUs as listed, on pixels over 255."""
 
-    def __init__(self, network: str) -> None:
+    def __init__(self, network: str, num_actions: int = NUM_ACTIONS) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 4
@@ -31,7 +32,7 @@ class Network(nn.Module):
             channels = out_channels
         layers.append(nn.Flatten())
         num_features = nn.Sequential(*layers)(torch.zeros(1, 4, 84, 84)).shape[1]
-        layers += [nn.Linear(num_features, HIDDEN[network]), nn.ReLU(), nn.Linear(HIDDEN[network], NUM_ACTIONS)]
+        layers += [nn.Linear(num_features, HIDDEN[network]), nn.ReLU(), nn.Linear(HIDDEN[network], num_actions)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -39,11 +40,11 @@ class Network(nn.Module):
 
 
 class Peer:
-    def __init__(self, network: str, batch_size: int) -> None:
-        self._online = Network(network)
-        self._target = copy.deepcopy(self._online)
-        self._optimizer = torch.optim.Adam(self._online.parameters(), lr=LEARNING_RATE)
-        self._num = 0
+    def __init__(self, network: str, batch_size: int, num_actions: int = NUM_ACTIONS) -> None:
+        self.online = Network(network, num_actions)
+        self._target = copy.deepcopy(self.online)
+        self._optimizer = torch.optim.Adam(self.online.parameters(), lr=LEARNING_RATE)
+        self.num_updates = 0
 
     def load(self, batches: list[RawBatch]) -> None:
         """As Stable-Baselines3's ReplayBuffer, which it uses, returns them: uint8 tensors, the rest with a second dimension."""
@@ -53,21 +54,24 @@ class Peer:
         ]
 
     def step(self, index: int) -> Any:
-        s_tm1, s_t, a_tm1, r_t, terminated = self._batches[index]
+        self.update(*self._batches[index])
+
+    def update(self, s_tm1: Tensor, s_t: Tensor, a_tm1: Tensor, r_t: Tensor, terminated: Tensor) -> None:
+        """Does one update and, where it is time, the copy to the target network."""
         with torch.no_grad():
             best_q_t, _ = self._target(s_t).max(dim=1)
             target_tm1 = r_t.flatten() + DISCOUNT * best_q_t * (1 - terminated.flatten())
-        qa_tm1 = self._online(s_tm1).gather(1, a_tm1).squeeze()
+        qa_tm1 = self.online(s_tm1).gather(1, a_tm1).squeeze()
         self._loss = functional.mse_loss(target_tm1, qa_tm1)
         self._optimizer.zero_grad()
         self._loss.backward()
         self._optimizer.step()
-        self._num += 1
-        if self._num % TARGET_PERIOD_UPDATES == 0:
-            self._target.load_state_dict(self._online.state_dict())
+        self.num_updates += 1
+        if self.num_updates % TARGET_PERIOD_UPDATES == 0:
+            self._target.load_state_dict(self.online.state_dict())
 
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self._online.parameters())
+        return sum(parameter.numel() for parameter in self.online.parameters())
 
     def loss(self) -> float:
         return self._loss.item()

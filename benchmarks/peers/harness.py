@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -137,26 +137,43 @@ def chunks(num: int, size: int = CHUNK) -> Iterator[slice]:
         yield slice(begin, min(begin + size, num))
 
 
-def memory_bytes() -> int:
-    """Returns the proportional set size of this process and all its descendants; shared pages count once."""
-    parents = {}
+def process_tree(root: int) -> dict[int, float]:
+    """Returns the CPU seconds of a process and of all its descendants by pid; what ended children took counts with their parent."""
+    parents: dict[int, int] = {}
+    cpu_seconds: dict[int, float] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+            fields = path.read_text().rpartition(")")[2].split()
         except OSError:
             continue  # The process has just ended.
-    tree = {os.getpid()}
+        pid = int(path.parent.name)
+        parents[pid] = int(fields[1])
+        cpu_seconds[pid] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    tree = {root}
     while new := {pid for pid, parent in parents.items() if parent in tree and pid not in tree}:
         tree |= new
-    return sum(_pss(pid) for pid in tree)
+    return {pid: cpu_seconds[pid] for pid in tree if pid in cpu_seconds}
 
 
-def _pss(pid: int) -> int:
+def memory_bytes(root: int | None = None) -> int:
+    """Returns the proportional set size of a process (None: this one) and all its descendants; shared pages count once."""
+    return sum(map(pss_bytes, process_tree(os.getpid() if root is None else root)))
+
+
+def pss_bytes(pid: int) -> int:
+    """Returns the proportional set size of one process; 0 where it has ended."""
     try:
         text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
         return 0
-    return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:"))
+    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss:")), 0)
+
+
+def open_answers() -> TextIO:
+    """Returns the standard output for lines of JSON alone; what libraries print there from now on goes to the standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
 
 
 class Bench:

@@ -12,7 +12,6 @@ All updates: one thread, Adam, observations of uint8 [B, 4, 84, 84] that lie in 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,12 +20,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from harness import open_answers
+from layers import CONVOLUTIONS, HIDDEN
 
 NUM_ACTIONS = 6
 LEARNING_RATE = 1e-4
 CHECK_BATCH, MAX_CHECK_UPDATES = 32, 400
-CONVOLUTIONS = {"nature": [[32, 8, 4], [64, 4, 2], [64, 3, 1]], "dqn2013": [[16, 8, 4], [32, 4, 2]]}
-HIDDEN = {"nature": 512, "dqn2013": 256}
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,7 @@ def time_updates(peer: Peer, seconds: float) -> dict[str, Any]:
 def serve(make: Callable[[str, int], Peer], *, version: str, note: str) -> None:
     """Answers until the input ends."""
     torch.set_num_threads(1)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # Libraries print what they like.
+    answers = open_answers()
     peers: dict[tuple[str, int], Peer] = {}
     for line in sys.stdin:
         command, *words = line.split()

@@ -17,7 +17,8 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import numpy as np
 import torch
 from gymnasium import spaces
-from learner_harness import CONVOLUTIONS, HIDDEN, LEARNING_RATE, NUM_ACTIONS, RawBatch, serve
+from layers import CONVOLUTIONS, HIDDEN
+from learner_harness import LEARNING_RATE, NUM_ACTIONS, RawBatch, serve
 from ray.rllib.algorithms.dqn import DQNConfig
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
@@ -27,14 +28,18 @@ from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME, TD_ERROR_KEY
 N_STEP = 3
 
 
+def model_config(network: str) -> DefaultModelConfig:
+    """Returns the settings that give RLlib's default model the network's layers."""
+    return DefaultModelConfig(
+        conv_filters=[[*filters, "valid"] for filters in CONVOLUTIONS[network]],
+        conv_activation="relu",
+        head_fcnet_hiddens=[HIDDEN[network]],
+        head_fcnet_activation="relu",
+    )
+
+
 class Peer:
     def __init__(self, network: str, batch_size: int) -> None:
-        model = DefaultModelConfig(
-            conv_filters=[[*filters, "valid"] for filters in CONVOLUTIONS[network]],
-            conv_activation="relu",
-            head_fcnet_hiddens=[HIDDEN[network]],
-            head_fcnet_activation="relu",
-        )
         config = (
             DQNConfig()
             .training(
@@ -49,7 +54,7 @@ class Peer:
                 td_error_loss_fn="huber",
                 target_network_update_freq=1_000 * batch_size,
             )
-            .rl_module(model_config=model)
+            .rl_module(model_config=model_config(network))
         )
         observations = spaces.Box(-1.0, 1.0, (84, 84, 4), np.float32)
         both = observations, spaces.Discrete(NUM_ACTIONS)

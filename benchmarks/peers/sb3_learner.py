@@ -14,7 +14,8 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from learner_harness import CONVOLUTIONS, HIDDEN, LEARNING_RATE, NUM_ACTIONS, RawBatch, serve
+from layers import CONVOLUTIONS, HIDDEN
+from learner_harness import LEARNING_RATE, NUM_ACTIONS, RawBatch, serve
 from stable_baselines3 import DQN
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import gymnasium
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from scipy import stats
 
 from actors.environments import GymnasiumEnvironment, check_atari_game, make_environment, probe
 from common.config import EnvConfig, EnvSpec
@@ -110,6 +112,73 @@ def test_atari_sticky_actions_repeat_the_last_one():
     plain = play(EnvConfig(game="pong", noop_max=0), 40)
     sticky = play(EnvConfig(game="pong", noop_max=0, sticky_action_probability=0.25), 40)
     assert (plain.planes != sticky.planes).any()
+
+
+def first_frames(config, num_envs):
+    """Returns how many frames each of `num_envs` environments has played when an episode begins."""
+    kept = []
+    environment = make_environment(config, num_envs, wrap=lambda envs: kept.append(envs) or envs)
+    frames = kept[0].reset(seed=0)[1]["episode_frame_number"]
+    environment.close()
+    return frames.tolist()
+
+
+def test_protocols_begin_an_episode_with_no_ops_or_without():
+    legacy = EnvConfig(game="breakout").with_protocol("legacy")
+    frames = first_frames(legacy, 12)
+    assert 0 < min(frames) < max(frames) < 30 and len(set(frames)) >= 4
+    assert set(first_frames(replace(legacy, noop_max=0), 2)) == {1}  # FIRE, which ale-py presses unless told not to.
+    assert set(first_frames(replace(legacy, noop_max=0, fire_reset=False), 2)) == {0}
+    assert set(first_frames(legacy.with_protocol("machado"), 4)) == {0}
+
+
+def test_protocols_seed_decides_the_game_by_sticky_actions_or_by_no_ops_only():
+    """Three environments with seeds of their own take the same actions. Kills: sticky actions in legacy, none in machado."""
+    legacy = EnvConfig(game="breakout").with_protocol("legacy")
+    machado = legacy.with_protocol("machado")
+    actions = np.random.default_rng(0).integers(4, size=10)
+
+    def num_games(config):
+        environment = make_environment(config, 3)
+        planes = [environment.reset(0)] + [environment.step(np.full(3, action)).planes for action in actions]
+        environment.close()
+        return len({game.tobytes() for game in np.stack(planes, axis=1)})
+
+    assert num_games(replace(legacy, noop_max=0)) == 1
+    assert num_games(replace(machado, sticky_action_probability=0.0)) == 1
+    assert num_games(legacy) > 1
+    assert num_games(machado) > 1
+
+
+def test_machado_actions_stick_in_a_quarter_of_the_frames():
+    """One frame of FIRE launches the ball of Breakout unless the emulator repeats the no-op before it: 64 games, binomial law."""
+    machado = replace(EnvConfig(game="breakout").with_protocol("machado"), frame_skip=1)
+
+    def planes_after(action, config, num_envs):
+        environment = make_environment(config, num_envs)
+        environment.reset(0)
+        planes = environment.step(np.full(num_envs, action)).planes.copy()
+        environment.close()
+        return planes
+
+    (resting,) = planes_after(0, machado, 1)
+    assert (planes_after(1, replace(machado, sticky_action_probability=0.0), 1) != resting).any()
+    num_launched = (planes_after(1, machado, 64) != resting).any(axis=(1, 2)).sum()
+    assert stats.binomtest(int(num_launched), 64, 0.75).pvalue > 1e-6
+    assert stats.binomtest(64, 64, 0.75).pvalue < 1e-6  # What no sticky actions would give.
+
+
+def test_protocols_choose_the_action_set():
+    for game, num_actions in (("pong", 6), ("breakout", 4), ("boxing", 18)):
+        config = EnvConfig(game=game)
+        assert probe(config.with_protocol("legacy")).num_actions == num_actions
+        assert probe(config.with_protocol("machado")).num_actions == 18
+
+
+def test_action_sets_of_one_size_are_the_same_actions():
+    """Boxing uses all 18 actions: its minimal set is the full one, in the same order."""
+    minimal, full = (play(EnvConfig(game="boxing", full_action_set=full), 60) for full in (False, True))
+    np.testing.assert_array_equal(minimal.planes, full.planes)
 
 
 def test_atari_planes_are_the_newest_alone():

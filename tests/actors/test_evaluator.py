@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from actors.environments import make_environment
-from actors.evaluator import Evaluator, protocol_name
+from actors.evaluator import Evaluator
 from common.config import EnvConfig, EnvSpec, EvaluationConfig, NetworkConfig
 from common.networks import make_network
 
 # Returns 6, -500, 20 and again: an environment with short episodes must not play more of them.
 SHORT = [([1.0, 2.0, 3.0], "terminated"), ([-500.0], "truncated"), ([10.0, 10.0], "terminated")]
 LONG = [([1.0] * 30, "truncated"), ([2.0] * 20, "terminated")]
-MACHADO = {"sticky_action_probability": 0.25, "full_action_set": True, "noop_max": 0}
 
 
 @pytest.fixture
@@ -178,23 +179,16 @@ def test_evaluator_keeps_its_parameters_while_an_evaluation_runs(make_evaluator,
     assert evaluator.run(60.0).params_version == 1
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"game": "CartPole-v1"}, "gymnasium"),
-        ({"game": "pong"}, "legacy"),
-        ({"game": "pong", "life_loss_terminates": True, "frame_stack": 4}, "legacy"),
-        ({"game": "pong", **MACHADO}, "machado"),
-        ({"game": "pong", **MACHADO, "noop_max": 30}, "custom"),
-        ({"game": "pong", **MACHADO, "full_action_set": False}, "custom"),
-        ({"game": "pong", "sticky_action_probability": 0.25}, "custom"),
-        ({"game": "pong", "sticky_action_probability": 0.1, "full_action_set": True, "noop_max": 0}, "custom"),
-        ({"game": "pong", "full_action_set": True}, "custom"),
-        ({"game": "pong", "noop_max": 0}, "custom"),
-        ({"game": "pong", "frame_skip": 1}, "custom"),
-        ({"game": "pong", "max_episode_frames": 18_000}, "custom"),
-    ],
-    ids=str,
-)
-def test_protocol_name(settings, expected):
-    assert protocol_name(EnvConfig(**settings)) == expected
+@pytest.mark.parametrize(("life_loss_terminates", "expected"), [(False, "machado"), (True, "custom")])
+def test_evaluator_names_the_protocol_with_the_signal_that_training_had(life_loss_terminates, expected, scripted):
+    """Lives end no episode here in either case, but Machado et al. forbid the signal in training."""
+    env = dataclasses.replace(EnvConfig(game="pong").with_protocol("machado"), life_loss_terminates=life_loss_terminates)
+    environment, _ = scripted([LONG])
+    evaluator = Evaluator(
+        env=env,
+        evaluation=EvaluationConfig(),
+        network=make_network(NetworkConfig(hidden_sizes=(8,)), environment.spec, 0),
+        params=None,
+        make=lambda config: environment,
+    )
+    assert finish(evaluator, episodes=1, seed=0).protocol == expected

@@ -19,10 +19,79 @@ from common.config import (
     as_dict,
     from_dict,
 )
+from common.errors import UserError
 from deploy.recipes import RECIPES
 
 NAN, INF = float("nan"), float("inf")
 CARTPOLE, PONG = EnvConfig(game="CartPole-v1"), EnvConfig(game="pong")
+
+
+# Protocols
+
+MACHADO = {"sticky_action_probability": 0.25, "full_action_set": True, "noop_max": 0, "fire_reset": False}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"game": "CartPole-v1"}, "gymnasium"),
+        ({"game": "pong"}, "legacy"),
+        ({"game": "pong", "life_loss_terminates": True, "frame_stack": 4}, "legacy"),
+        ({"game": "pong", "fire_reset": False}, "legacy"),
+        ({"game": "pong", **MACHADO}, "machado"),
+        ({"game": "pong", **MACHADO, "frame_stack": 4}, "machado"),
+        ({"game": "pong", **MACHADO, "life_loss_terminates": True}, "custom"),
+        ({"game": "pong", **MACHADO, "fire_reset": True}, "custom"),
+        ({"game": "pong", **MACHADO, "noop_max": 30}, "custom"),
+        ({"game": "pong", **MACHADO, "full_action_set": False}, "custom"),
+        ({"game": "pong", **MACHADO, "sticky_action_probability": 0.1}, "custom"),
+        ({"game": "pong", "sticky_action_probability": 0.25}, "custom"),
+        ({"game": "pong", "full_action_set": True}, "custom"),
+        ({"game": "pong", "noop_max": 0}, "custom"),
+        ({"game": "pong", "frame_skip": 1}, "custom"),
+        ({"game": "pong", "max_episode_frames": 18_000}, "custom"),
+    ],
+    ids=str,
+)
+def test_protocol_name(settings, expected):
+    assert EnvConfig(**settings).protocol_name == expected
+
+
+@pytest.mark.parametrize("life_loss_terminates", [False, True])
+def test_with_protocol_sets_what_the_protocol_says_and_nothing_else(life_loss_terminates):
+    """Every field differs from both protocols before. Kills: a field left out; legacy that forbids a signal which it allows."""
+    odd = EnvConfig(
+        game="breakout",
+        frame_stack=3,
+        frame_skip=2,
+        sticky_action_probability=0.5,
+        full_action_set=True,
+        max_episode_frames=18_000,
+        noop_max=7,
+        life_loss_terminates=life_loss_terminates,
+    )
+    kept = {"game": "breakout", "frame_stack": 3, "frame_skip": 4, "max_episode_frames": 108_000}
+    assert odd.with_protocol("legacy") == EnvConfig(**kept, noop_max=30, life_loss_terminates=life_loss_terminates)
+    assert odd.with_protocol("machado") == EnvConfig(**kept, **MACHADO)
+
+
+def test_with_protocol_refuses_other_names_and_other_environments():
+    with pytest.raises(UserError, match="unknown protocol 'nature'; there are legacy and machado"):
+        PONG.with_protocol("nature")
+    with pytest.raises(UserError, match="protocol legacy is of Atari games, not of CartPole-v1"):
+        CARTPOLE.with_protocol("legacy")
+
+
+def test_a_run_of_a_named_protocol_agrees_with_it():
+    RunConfig(recipe="r", env=PONG, protocol="legacy")
+    RunConfig(recipe="r", env=dataclasses.replace(PONG, life_loss_terminates=True), protocol="legacy")
+    RunConfig(recipe="r", env=PONG.with_protocol("machado"), protocol="machado")
+    with pytest.raises(ValueError, match=r"protocol machado has env\.noop_max 0, not 30"):
+        RunConfig(recipe="r", env=EnvConfig(game="pong", **MACHADO | {"noop_max": 30}), protocol="machado")
+    with pytest.raises(ValueError, match=r"protocol legacy has env\.sticky_action_probability 0\.0, not 0\.25"):
+        RunConfig(recipe="r", env=EnvConfig(game="pong", **MACHADO), protocol="legacy")
+    with pytest.raises(ValueError, match="is of Atari games"):
+        RunConfig(recipe="r", env=CARTPOLE, protocol="machado")
 
 
 # Sizes

@@ -440,3 +440,20 @@ def test_space_to_depth_is_the_same_convolution(torso):
     first = network.torso[0]  # A block's channels in another order would be seen.
     shuffled = torch.conv2d(prepared.flip(1), torch.nn.functional.pixel_unshuffle(first.weight, 4) / 255, first.bias)
     assert (shuffled - first(prepared)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [{}, {"dueling": True}, {"noisy_sigma": 0.5}, {"distribution": "categorical"}])
+def test_values_are_not_rounded_to_bfloat16_under_autocast(kind):
+    """Two actions whose values differ by a thousandth at 1.5, where bfloat16 goes in steps of 0.008, stay apart."""
+    network = make_network(NetworkConfig(torso="dqn2013", hidden_sizes=(16,), **kind), EnvSpec((84, 84), "|u1", 4, 2), 0)
+    num_each = 51 if kind.get("distribution") == "categorical" else 1
+    with torch.no_grad():
+        last = network.advantage[-1]
+        last.weight.zero_()
+        last.bias.copy_(torch.tensor([1.5, 1.501]).repeat_interleave(num_each))
+    prepared = network.prepare(torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8), torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        outputs = network.distribution(prepared)
+    assert outputs.dtype == torch.float32
+    first, second = outputs.view(3, 2, num_each).unbind(1)
+    torch.testing.assert_close(second - first, torch.full((3, num_each), 0.001), rtol=0, atol=1e-5)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from actors.evaluator import protocol_name
 from common import config as configs
 from deploy.recipes import RECIPES
 
@@ -39,7 +38,7 @@ def write_run(
     rows = [_row(index, level, config.learner.batch_size) for index in range(num_rows)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if ends:
-        (path / "summary.json").write_text(json.dumps(_summary(rows, seed, level, fault, protocol_name(env)) | (summary or {})))
+        (path / "summary.json").write_text(json.dumps(_summary(rows, seed, level, fault, env.protocol_name) | (summary or {})))
     return path
 
 

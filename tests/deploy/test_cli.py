@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from deploy import cli, plan
+from deploy import cli, plan, roles
 from deploy.recipes import RECIPES
+from deploy.run_dir import newest_checkpoint_path
+from learner import checkpoint as checkpoints
 
 TINY = ["--serial", "--max-updates", "5", "--log-period-seconds", "1000", "--evaluation.final-episodes", "2"]
 
@@ -49,6 +51,17 @@ def failing(capsys, *words):
         (["train", "pong", "--network.adaptive-pool", "10"], "more than the 9 x 9 that torso dqn2013 gives"),
         (["plan", "pong", "--network.adaptive-pool", "10"], "more than the 9 x 9 that torso dqn2013 gives"),
         (["train", "c51", "--network.value-max", "inf"], "must be finite"),
+        (
+            ["train", "pong", "--protocol", "machado", "--env.sticky-action-probability", "0"],
+            "protocol machado has env.sticky_action_probability 0.25, not 0.0",
+        ),
+        (["train", "pong", "--env.life-loss-terminates", "--protocol=machado"], "env.life_loss_terminates False, not True"),
+        (["train", "breakout", "--protocol", "legacy", "--env.full-action-set"], "env.full_action_set False, not True"),
+        (["train", "apex", "--protocol", "legacy", "--env.max-episode-frames", "50000"], "108000, not 50000"),
+        (["train", "pong", "--protocol", "nature"], "invalid choice 'nature'"),
+        (["train", "cartpole", "--protocol", "machado"], "protocol machado is of Atari games, not of CartPole-v1"),
+        (["plan", "pong", "--protocol", "machado", "--env.noop-max", "30"], "protocol machado has env.noop_max 0, not 30"),
+        (["evaluate", "nowhere", "--protocol", "nature"], "invalid choice 'nature'"),
         (["train", "pong", "stray"], "stray"),
         (["resume", "nowhere"], "not a run directory"),
         (["evaluate", "nowhere"], "not a run directory"),
@@ -183,6 +196,8 @@ def test_a_run_that_lacks_a_newer_setting_goes_on_with_its_default(run, command,
     info = json.loads((run / "run.json").read_text())
     for section, name in (("network", "width"), ("actors", "params_alarm_seconds"), ("learner", "num_devices")):
         del info["config"][section][name]
+    for section, name in (("", "protocol"), ("env", "fire_reset")):
+        del (info["config"][section] if section else info["config"])[name]
     (run / "run.json").write_text(json.dumps(info))
     more = ["--max-updates", "6", *TINY[:1], *TINY[3:]]
     assert cli.main([*command, str(run), *more]) == 0
@@ -209,3 +224,29 @@ def test_evaluate_writes_the_evaluation_object(run, tmp_path):
     assert result["episodes"] == 3 == len(result["returns"])
     assert result["mean_return"] == pytest.approx(sum(result["returns"]) / 3)
     assert result["epsilon"] == 0.5 and result["protocol"] == "gymnasium"
+
+
+def test_evaluate_plays_the_network_that_was_published(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("deploy.roles.make_evaluator", _spy_on_networks(roles.make_evaluator, loaded))
+    for name in ("online", "target"):
+        path = tmp_path / name
+        flags = ["--learner.publish-params", name, "--learner.target-period-updates", "1000", *TINY]
+        assert cli.main(["train", "gridworld", "--run-dir", str(path), *flags]) == 0
+        loaded.clear()
+        assert cli.main(["evaluate", str(path), "--episodes", "1"]) == 0
+        tensors = checkpoints.read(newest_checkpoint_path(path)).tensors
+        (network,) = loaded
+        played = {key: value.numpy() for key, value in network.state_dict().items()}
+        assert all((played[key] == value).all() for key, value in tensors[name].items())
+        other = tensors["target" if name == "online" else "online"]
+        assert any((played[key] != value).any() for key, value in other.items())
+
+
+def _spy_on_networks(make_evaluator, networks):
+    def make(*args, **kwargs):
+        evaluator = make_evaluator(*args, **kwargs)
+        networks.append(evaluator.network)
+        return evaluator
+
+    return make

@@ -16,7 +16,6 @@ from report_data import STEPS_PER_SECOND, write_run
 
 from deploy import cli
 from deploy import report_figures as figures
-from deploy.human_scores import human_normalized_score, random_and_human
 from deploy.report_page import references
 from deploy.report_runs import ascending, evaluations_over, group_notes, group_runs, read_runs
 from deploy.report_scores import aggregate_rows
@@ -142,11 +141,8 @@ def test_a_recorded_human_normalized_score_is_taken_before_the_table(tmp_path):
     assert group.scores == [0.123]
 
 
-def test_the_table_of_human_scores_is_whole():
-    assert len(random_and_human()) == 57
-    assert human_normalized_score("pong", 14.6) == 1 and human_normalized_score("pong", -20.7) == 0
-    assert human_normalized_score("CartPole-v1", 500.0) is None
-    assert references("pong") == [("random", -20.7), ("human", 14.6)]
+def test_references_are_of_the_games_that_the_table_has():
+    assert references("pong") == [("random", -20.7), ("human", 14.6)] and references("CartPole-v1") == []
 
 
 def test_only_runs_that_have_ended_are_aggregated(tmp_path):
@@ -204,7 +200,7 @@ def test_an_older_summary_has_a_card_of_the_settings_and_the_rest_is_not_recorde
     card = group.runs[0].card
     assert card["protocol"] == "legacy" and card["noop_max"] == 30 and card["action_set"] == "minimal"
     assert card["epsilon"] == 0 and card["episodes"] == 2 and card["training_frames"] == 4 * 50 * 200
-    assert "commit" not in card and "human_scores" not in card
+    assert "commit" not in card and "human_scores" not in card and card["fire_reset"] is True
     page = reporting(tmp_path, [tmp_path / "run"])
     assert re.search(r"<th>commit</th><td[^>]*>not recorded</td>", page)
 
@@ -227,6 +223,26 @@ def test_a_file_of_evaluate_is_a_row_of_its_own_and_not_part_of_the_score(tmp_pa
     assert "run/evaluation-machado.json is of another protocol" in printed and "evaluation-own.json is of" not in printed
     assert float(csv_of(tmp_path, "aggregates.csv")[0]["value"]) == pytest.approx(20.7 / 35.3)
     assert "evaluation-torn.json is truncated or altered" in page and "evaluation-other.json is no result" in page
+
+
+def test_a_promised_protocol_that_was_played_anyway_is_no_difference(tmp_path):
+    """Two runs of one environment, one of which named its protocol: the same method."""
+    paths = [write_run(tmp_path / "a"), write_run(tmp_path / "b", seed=1)]
+    info = json.loads((paths[1] / "run.json").read_text())
+    info["config"]["protocol"] = "legacy"
+    (paths[1] / "run.json").write_text(json.dumps(info))
+    (group,) = groups_of(*paths)
+    assert len(group.runs) == 2
+
+
+def test_what_a_card_says_has_no_meaning_is_none_and_what_it_lacks_is_not_recorded(tmp_path):
+    card = {"sticky_action_probability": None, "reward_clip": None, "human_scores": None, "commit": None, "num_actions": 2}
+    page = reporting(
+        tmp_path, [write_run(tmp_path / "run", recipe="cartpole", game="CartPole-v1", summary={"protocol_card": card})]
+    )
+    shown = dict(re.findall(r"<tr><th>([a-z ]+)</th><td[^>]*>([^<]*)</td></tr>", page))
+    assert (shown["sticky action probability"], shown["reward clip"], shown["human scores"]) == ("none", "off", "none")
+    assert (shown["commit"], shown["noop max"], shown["num actions"]) == ("not recorded", "not recorded", "2")
 
 
 # Runs that are not whole.

@@ -68,6 +68,15 @@ def test_gradient_norm_is_clipped(make_learner):
     assert float(norm) == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize("limit", [None, 1e3])
+def test_gradient_within_the_limit_stays_as_it_is(make_learner, limit):
+    learner, *_ = make_learner(max_grad_norm=limit)
+    steps(learner, 1)
+    norm = torch.cat([p.grad.reshape(-1) for p in learner._online.parameters()]).norm()
+    assert float(norm) == pytest.approx(learner.stats().grad_norm, rel=1e-5)
+    assert 1e-2 < norm < 1e3
+
+
 def test_importance_weights_scale_the_gradient(make_learner, fake_shard):
     """Two shards of 100 and 300 items, four each: P = 1/2 * 1/100 and 1/2 * 1/300 over 400 items, beta 1."""
     shards = [fake_shard(0, size=100), fake_shard(1, size=300)]
@@ -171,6 +180,34 @@ def test_beta_rises_to_one_over_its_updates_and_stays(make_learner, tmp_path):
     constant, *_ = make_learner(importance_exponent=0.4)
     steps(constant, 6)
     assert constant._source.importance_exponent == 0.4
+
+
+def test_learning_rate_falls_to_its_end_over_its_updates_and_stays(make_learner, tmp_path):
+    """Adam's first step moves every parameter with a gradient by the learning rate; at the end, 0, nothing moves any more."""
+    settings = {"learning_rate": 0.08, "learning_rate_final": 0.0, "optimizer_epsilon": 1e-12, "max_grad_norm": None}
+    learner, *_ = make_learner(learning_rate_anneal_updates=4, **settings)
+    moved = []
+    for _ in range(6):
+        before = online(learner)
+        steps(learner, 1)
+        moved.append(float(np.abs(online(learner) - before).max()))
+    assert moved[0] == pytest.approx(0.08, rel=1e-3)
+    assert all(step > 0 for step in moved[:4]) and moved[4:] == [0.0, 0.0]
+    learner, *_ = make_learner(learning_rate_anneal_updates=4, **settings)
+    steps(learner, 2)
+    name = learner.save({})
+    again, *_ = make_learner(learning_rate_anneal_updates=8, **settings)
+    again.restore(tmp_path / "checkpoints" / name)
+    assert again._optimizer.param_groups[0]["lr"] == pytest.approx(0.06)
+
+
+def test_the_target_network_is_published_where_so_configured(make_learner):
+    learner, _, store = make_learner(
+        publish_params="target", target_period_updates=None, target_soft_rate=0.25, publish_period_updates=2
+    )
+    steps(learner, 2)
+    np.testing.assert_array_equal(store.published[-1].params, target(learner))
+    assert (target(learner) != online(learner)).any()
 
 
 def test_late_reports_change_no_parameter_and_no_priority(make_learner):
