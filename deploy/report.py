@@ -125,6 +125,8 @@ def _check_writable(out: Path, files: Path) -> None:
         raise UserError(f"--out {out}: cannot be written; name a file in a directory that is there and yours")
     if files.exists() and not files.is_dir():
         raise UserError(f"--out {out}: its files go into {files}, which is no directory; choose another name")
+    if (files / "run.json").exists():
+        raise UserError(f"--out {out}: its files would go into {files}, which is a run directory; choose another name")
 
 
 class _Videos:

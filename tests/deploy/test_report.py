@@ -501,6 +501,7 @@ def test_a_real_run_is_reported_with_a_video_of_its_last_checkpoint(tmp_path):
         (["run", "--out", "page.pdf"], "the name must end in .html"),
         (["run", "--out", "no/such/page.html"], "name a file in a directory that is there"),
         (["run", "--out", "taken.html"], "which is no directory"),
+        (["run", "--out", "run.html"], "its files would go into run, which is a run directory"),
         (["run", "--out", "directory.html"], "cannot be written"),
         (["run", "--vdeo"], "--vdeo"),
         (["--out", "x.html"], "needs a run directory first"),
