@@ -450,6 +450,8 @@ def test_pictures_and_tables_lie_beside_the_page(tmp_path):
 
 def test_an_odd_name_does_not_break_the_pictures(tmp_path):
     reporting(tmp_path, [write_run(tmp_path / r"_a$\frac$^{b"), write_run(tmp_path / "b", seed=1)])
+    for name in ("learning_curve.png", "throughput.png"):
+        assert (tmp_path / "page" / name).read_bytes().startswith(b"\x89PNG")
 
 
 # Videos.
