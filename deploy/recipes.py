@@ -150,11 +150,13 @@ def gridworld() -> RunConfig:
 
 
 def pong() -> RunConfig:
-    """Pong for two cores: the network of 2013 with layer norm, n = 7, double Q-learning, eight samples a step."""
+    """Pong for two cores: the network of 2013 with layer norm, 32 quantiles, n = 7, double Q-learning, eight samples a step."""
     return RunConfig(
         recipe="pong",
         env=EnvConfig(game="pong", frame_stack=4),
-        network=NetworkConfig(torso="dqn2013", hidden_sizes=(256,), layer_norm=True),
+        network=NetworkConfig(
+            torso="dqn2013", hidden_sizes=(256,), layer_norm=True, distribution="quantile", num_quantiles=32
+        ),
         actors=ActorsConfig(
             num_actors=1,
             num_envs=8,
@@ -168,7 +170,7 @@ def pong() -> RunConfig:
         learner=LearnerConfig(
             batch_size=64, learning_rate=5e-4, optimizer_epsilon=1.5e-4, target_period_updates=150, publish_period_updates=25
         ),
-        evaluation=EvaluationConfig(episodes=10, final_episodes=10, num_envs=10, period_seconds=120.0, target_return=19.0),
+        evaluation=EvaluationConfig(episodes=10, final_episodes=30, num_envs=10, period_seconds=120.0, target_return=19.0),
         max_minutes=120.0,
     )
 

@@ -104,11 +104,13 @@ class Learner:
         return self._stats.updates
 
     def start(self) -> None:
-        """Begins to prefetch, on threads."""
+        """Begins to prefetch, on threads, and on a CPU to do what an update can do at once on two."""
         self._source.start()
+        self._update.start()
 
     def close(self) -> None:
         self._source.close()
+        self._update.close()
         if self._group is not None:
             self._group.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from typing import NamedTuple
 
 import torch
@@ -40,8 +41,14 @@ class Objective:
     """Computes the loss of a batch from both networks.
 
     Passes are separate: one pass over source and destination together saves launches and costs a backward pass over rows that
-    need none (docs/benchmarks.md). Network passes run in `dtype`, losses in float32.
+    need none (docs/benchmarks.md). Network passes run in `dtype`, losses in float32. The target's pass over the destination needs nothing
+    of the others: with `beside`, it runs there meanwhile.
+
+    Attributes:
+      beside: where the target's pass runs; None: in the caller's thread, after the others.
     """
+
+    beside: Executor | None = None
 
     def __init__(self, config: LearnerConfig, network: QNetwork, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
@@ -77,12 +84,18 @@ class Objective:
     ) -> Terms:
         """Returns the terms of a batch; s_tm1 and s_t are what `QNetwork.prepare` made."""
         noise = draws.noise if draws.noise is not None else [None] * 4
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+
+        def target_pass() -> Tensor:
+            with torch.no_grad(), self._autocast():  # Of this thread: both are a thread's own.
+                return target.distribution(s_t, noise=noise[3], taus=draws.taus_t)
+
+        beside = None if self.beside is None else self.beside.submit(target_pass)
+        with self._autocast():
             outputs_tm1 = online.distribution(s_tm1, noise=noise[0], taus=draws.taus_tm1)
             with torch.no_grad():
                 q_tm1_target = target.values(s_tm1, noise=noise[1]) if self._is_munchausen else None
                 online_q_t = online.values(s_t, noise=noise[2]) if self._is_double else None
-                outputs_t = target.distribution(s_t, noise=noise[3], taus=draws.taus_t)
+        outputs_t = target_pass() if beside is None else beside.result()
         is_expectation = online.taus is None and online.atoms is None
         q_tm1 = outputs_tm1 if is_expectation else online.mean(outputs_tm1.detach())
         q_t_value = target.mean(outputs_t)
@@ -108,3 +121,6 @@ class Objective:
             loss = self._td_loss(td_error)
         value = q_tm1.gather(1, a_tm1[:, None])[:, 0]
         return Terms(loss, td_error.detach(), value.detach())
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16)

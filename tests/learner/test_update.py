@@ -1,4 +1,6 @@
-"""The optimizer's step on a convolutional network, against Adam's first step written out."""
+"""One update: the optimizer's step against Adam's first step written out; what runs on two threads against what runs on one."""
+
+import threading
 
 import numpy as np
 import pytest
@@ -59,3 +61,29 @@ def test_every_parameter_moves_by_its_own_gradient(torso, precision, memory_form
     update.apply()
     for name, parameter in parameters.items():
         torch.testing.assert_close(parameter.detach().double(), expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("distribution", ["expectation", "quantile"])
+def test_the_target_passes_beside_the_others_and_changes_no_bit(distribution, precision):
+    """Kills: a pass in another precision, with a gradient, or of a target that is being copied."""
+    torch.set_num_threads(1)
+    config = LearnerConfig(batch_size=4, device="cpu", precision=precision, learning_rate=1e-3, target_period_updates=2)
+    parameters, names = [], set()
+    for is_started in (False, True):
+        network_config = NetworkConfig(torso="dqn2013", hidden_sizes=(16,), distribution=distribution, num_quantiles=8)
+        network = make_network(network_config, EnvSpec((84, 84), "|u1", 4, 3), 0)
+        update = Update(config=config, network=network, device=CPU, seed=0, group=None)
+        if is_started:
+            update.start()
+        batch = make_batch(update)
+        for updates in range(1, 6):
+            update.gradients(batch, 1.0)
+            names |= {thread.name.split("_")[0] for thread in threading.enumerate()}
+            update.apply()
+            update.update_target(updates)
+        update.close()
+        parameters.append([parameter.detach().clone() for parameter in update.online.parameters()])
+        assert ("target" in names) == is_started
+    assert all(torch.equal(alone, beside) for alone, beside in zip(*parameters, strict=True))
+    assert not any(thread.name.startswith("target") for thread in threading.enumerate())
