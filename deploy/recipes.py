@@ -150,7 +150,9 @@ def gridworld() -> RunConfig:
 
 
 def pong() -> RunConfig:
-    """Pong for two cores: the network of 2013 with layer norm, 32 quantiles, n = 7, double Q-learning, eight samples a step."""
+    """Atari on two cores: the network of 2013 with layer norm, 32 quantiles, n = 7, double Q-learning, eight samples a step; the
+    target is an average of the last 200 updates, and it is also what plays. `docs/experiments.md` says what each of these is worth.
+    """
     return RunConfig(
         recipe="pong",
         env=EnvConfig(game="pong", frame_stack=4),
@@ -168,7 +170,13 @@ def pong() -> RunConfig:
         ),
         replay=ReplayConfig(capacity=200_000, memory=ByteSize(GIB // 2), min_size=5_000, samples_per_insert=8.0),
         learner=LearnerConfig(
-            batch_size=64, learning_rate=5e-4, optimizer_epsilon=1.5e-4, target_period_updates=150, publish_period_updates=25
+            batch_size=64,
+            learning_rate=5e-4,
+            optimizer_epsilon=1.5e-4,
+            target_period_updates=None,
+            target_soft_rate=0.005,
+            publish_params="target",
+            publish_period_updates=25,
         ),
         evaluation=EvaluationConfig(episodes=10, final_episodes=30, num_envs=10, period_seconds=120.0, target_return=19.0),
         max_minutes=120.0,
