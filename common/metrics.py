@@ -80,6 +80,22 @@ class WaitStatus:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LogStats:
+    """State of a shard's durable log; counts in transitions, since the shard's start."""
+
+    num_bytes: int
+    num_segments: int
+    num_unsynced: int
+    """Written, and not on the disk yet: what a power failure would take."""
+    num_unlogged: int
+    """Never written, because the disk was full or gone: a restart loses them while they are in memory only."""
+    num_dropped: int
+    """Deleted before they were evicted, to keep to the budget: a restart loses them."""
+    fault: str | None
+    """Why nothing is written now, or None."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShardStats:
     """State and counts of one shard since its start, in transitions where it does not say otherwise."""
 
@@ -102,6 +118,10 @@ class ShardStats:
     """How the actors and the learner stand with its limiter, and for how long."""
     senders: dict[tuple[int, int], SenderCount]
     """By (actor slot, incarnation)."""
+    lost: dict[str, int]
+    """Transitions that had been inserted and did not come back after a restart, by cause; they count as inserted no more."""
+    log: LogStats | None
+    """None: there is no durable log."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

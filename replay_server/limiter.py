@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from types import EllipsisType
-from typing import Literal
+from typing import Any, Literal
 
 from common.errors import UserError
 from common.metrics import WaitStatus
+
+_SETTINGS = ("min_size", "samples_per_insert", "buffer_samples")
+_ACCOUNTS = ("num_inserted", "num_sampled", "_due_then", "_inserted_then")
 
 
 @dataclass(slots=True)
@@ -143,6 +146,24 @@ class RateLimiter:
         self._due_then = self.num_sampled - min(max(balance, -buffer), buffer)
         self._inserted_then = self.num_inserted + max(least - size, 0)
         self.min_size, self.samples_per_insert, self.buffer_samples = least, ratio, buffer
+
+    def state(self) -> dict[str, Any]:
+        """Returns settings and accounts, for a checkpoint."""
+        return {name: getattr(self, name) for name in (*_SETTINGS, *_ACCOUNTS)}
+
+    def restore(self, state: Mapping[str, Any], size: int) -> None:
+        """Takes the accounts of `state()`, so that nobody is owed more or less than before; settings that are others by now take
+        effect as `set` has it.
+
+        Args:
+          state: what `state()` returned.
+          size: items that the shard holds now.
+        """
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        for name in (*_SETTINGS, *_ACCOUNTS):
+            setattr(self, name, state[name])
+        if any(state[name] != value for name, value in settings.items()):
+            self.set(size=size, **settings)
 
     def _ask(self, side: _Side, size: int) -> str | None:
         now = self._settle(size)

@@ -7,13 +7,14 @@ it; it never sleeps, and imports neither torch nor ray nor an environment.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgpack
 import numpy as np
 
-from common import wire
+from common import random_state, wire
 from common.config import ByteSize, EnvSpec
 from common.errors import UserError, WireError
 from common.messages import Array, PriorityUpdate, SampleBatch, TransitionChunk
@@ -21,6 +22,7 @@ from common.metrics import SenderCount, ShardStats
 from common.planes import check_blocks, codec_of, decode_planes, planes_per_block
 from common.protocols import InsertReply, SampleReply
 from replay_server.limiter import RateLimiter
+from replay_server.replay_log import Record, ReplayLog
 from replay_server.storage import SegmentStore
 from replay_server.sum_tree import SumTree
 
@@ -29,6 +31,24 @@ _MOST_SEGMENTS = 64  # Where they may be smaller: to make room, the items of a w
 _MAX_SEGMENT_BYTES = 4 << 20
 _MIN_SEGMENT_BYTES = 128 << 10
 _GOOD_SEGMENT_BYTES = 512 << 10  # Holds the largest chunk of planes that do not compress, with its history.
+_COUNTS = ("_num_refused_chunks", "_num_stale_priority_updates", "_num_priority_updates")
+
+
+class Priorities(NamedTuple):
+    """Of successive items of one shard."""
+
+    first_item_id: int
+    exponent: float
+    values: Array
+    """f64[M], priority ** exponent."""
+
+    @property
+    def end_item_id(self) -> int:
+        return self.first_item_id + len(self.values)
+
+    def of(self, first: int, end: int) -> Array:
+        """Returns those of items [first, end), all of which there must be."""
+        return self.values[first - self.first_item_id : end - self.first_item_id]
 
 
 class ReplayShard:
@@ -57,8 +77,12 @@ class ReplayShard:
         priority_exponent: float,
         send_compressed: bool,
         seed: int,
+        log: ReplayLog | None = None,
     ) -> None:
-        """All quantities are this shard's own share; `memory` in bytes. Raises UserError where the budget is too small."""
+        """All quantities are this shard's own share; `memory` in bytes. Raises UserError where the budget is too small.
+
+        With a `log`, what is inserted is appended to it, and what is evicted goes from it; see `restore`.
+        """
         self._run, self._spec = run, spec
         self._codec = codec_of(spec.plane_dtype)
         self._planes_per_block = planes_per_block(spec.plane_shape, spec.plane_dtype)
@@ -68,11 +92,15 @@ class ReplayShard:
         self._send_compressed = send_compressed
         self._limiter = RateLimiter(min_size, samples_per_insert, limiter_buffer_samples, capacity=capacity)
         self._rng = np.random.default_rng(seed)
+        self._log = log
+        if log is not None:
+            log.state = lambda: msgpack.packb(self.state())
         self._items = np.zeros(capacity, _item_dtype(spec.frame_stack))
         self._tree = SumTree(capacity) if priority_exponent > 0 else None
         self._store = _make_store(memory, capacity, spec.frame_stack, prioritized=priority_exponent > 0)
         self._oldest_item_id = 0
         self._next_item_id = 0
+        self._lost: dict[str, int] = {}
         self._num_refused_chunks = 0
         self._num_stale_priority_updates = 0
         self._num_priority_updates = 0
@@ -100,6 +128,8 @@ class ReplayShard:
             if chunk and chunk.run == self._run:
                 self._count(chunk, inserted=0, refused=refused)
             return InsertReply(num_inserted=0, num_refused=refused, refusal=str(error), waits_for=self.ask_to_insert())
+        if self._log is not None:
+            self._log.append(self._next_item_id, chunk.num_transitions, self._limiter.num_sampled, message)
         self._append(chunk)
         self._count(chunk, inserted=chunk.num_transitions, refused=0)
         self._limiter.num_inserted += chunk.num_transitions
@@ -169,7 +199,67 @@ class ReplayShard:
             resident_bytes=self._store.resident_bytes + self._index_resident_bytes(),
             waits=[replace(wait, reason=self._named(self._explained(wait.reason))) for wait in self._limiter.waits(size)],
             senders={sender: replace(count) for sender, count in self._senders.items()},
+            lost=dict(self._lost),
+            log=self._log.stats() if self._log is not None else None,
         )
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint keeps beside log and priorities: plain values, a few kilobytes."""
+        return {
+            "oldest_item_id": self._oldest_item_id,
+            "next_item_id": self._next_item_id,
+            "limiter": self._limiter.state(),
+            "rng": random_state.state_of(self._rng),
+            "capacity": self._capacity,
+            "priority_exponent": self._priority_exponent,
+            "lost": self._lost,
+            "counts": {name: getattr(self, name) for name in _COUNTS},
+            "senders": [[*sender, count.inserted, count.refused, count.sent] for sender, count in self._senders.items()],
+        }
+
+    def priorities(self) -> Priorities:
+        """Returns the priorities of all items; ones where sampling is uniform."""
+        values = np.ones(self.size)
+        for slot, start, num in self._slot_ranges(self._oldest_item_id, self._next_item_id) if self._tree and self.size else ():
+            values[start : start + num] = self._tree.values[slot : slot + num]
+        return Priorities(self._oldest_item_id, self._priority_exponent, values)
+
+    def restore(self, records: Iterable[Record], state: Mapping[str, Any], priorities: Priorities | None) -> int:
+        """Takes in a log, before anything else is done with this shard; returns how many transitions it then holds.
+
+        Args:
+          records: one after another, without a gap between their item ids, up to the state's `next_item_id`.
+          state: what `state` returned, with all that came after it: see `recovery.catch_up`.
+          priorities: what `priorities` returned when `state` did; None: those that the actors gave.
+
+        Raises:
+          WireError: for a record that does not fit this shard.
+        """
+        assert self._next_item_id == 0, "a shard is restored before anything else"
+        is_first = True
+        for record in records:
+            if not record.num_items:
+                continue
+            if is_first:
+                self._oldest_item_id = self._next_item_id = record.first_item_id
+                is_first = False
+            assert record.first_item_id == self._next_item_id, "logs with gaps are rewritten before"
+            chunk = wire.unpack(record.message, TransitionChunk)
+            self._check_fits(chunk)
+            self._append(chunk)
+        if is_first:
+            self._oldest_item_id = self._next_item_id = state["next_item_id"]
+        self._evict_before(min(state["oldest_item_id"], self._next_item_id))
+        if priorities is not None:
+            self._restore_priorities(priorities)
+        self._limiter.restore(state["limiter"], self.size)
+        if "rng" in state:
+            random_state.restore(self._rng, state["rng"])
+        self._senders |= {(slot, incarnation): SenderCount(*counts) for slot, incarnation, *counts in state["senders"]}
+        self._lost = dict(state["lost"])
+        for name in _COUNTS:
+            setattr(self, name, state["counts"][name])
+        return self.size
 
     def check_valid(self) -> None:
         assert 0 <= self.size <= self._capacity
@@ -239,6 +329,8 @@ class ReplayShard:
                 self._tree.set_range(slot, 0.0, num)
         self._oldest_item_id = item_id
         self._store.release_before(item_id)
+        if self._log is not None:
+            self._log.release_before(item_id)
 
     def _slot_ranges(self, first: int, end: int) -> list[tuple[int, int, int]]:
         """Returns the runs of slots of items [first, end), at most two: (first slot, items before it, its length)."""
@@ -248,6 +340,15 @@ class ReplayShard:
         if num < end - first:
             ranges.append((0, num, end - first - num))
         return ranges
+
+    def _restore_priorities(self, saved: Priorities) -> None:
+        """Sets those of the items that are still here; with another exponent, as it would have made them."""
+        first, end = max(saved.first_item_id, self._oldest_item_id), min(saved.end_item_id, self._next_item_id)
+        if self._tree is None or saved.exponent == 0 or end <= first:
+            return
+        values = saved.of(first, end) ** (self._priority_exponent / saved.exponent)
+        for slot, start, num in self._slot_ranges(first, end):
+            self._tree.set_range(slot, values[start : start + num], num)
 
     def _draw(self, num_items: int) -> tuple[Array, Array]:
         """Returns (item_id i64[B], probability f64[B])."""

@@ -1,0 +1,304 @@
+"""The durable log of one shard: inserted chunks, appended as received, in segment files that go when their last item has gone.
+
+    <first item id, 16 hex digits>.log:   record, record, ...
+    record:   magic 4s | num_items u32 | first_item_id u64 | num_sampled u64 | num_bytes u64 | xxh3 u64 | message
+
+A segment begins with a record of no items, whose message says how the shard stood then: what came before it may be gone. A record is there whole or it is not used: the checksum is of all of it. Appending writes into the operating system's memory and
+never waits for the disk; a thread syncs at an interval. What a kill of the process takes is nothing that was appended, what a
+power failure takes is at most what was appended since the last sync.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from common.messages import Array
+from common.metrics import LogStats
+
+_MAGIC = b"QFLR"
+_HEADER = struct.Struct("<4sIQQQQ")
+_CHECKED = _HEADER.size - 8  # Bytes of the header before the checksum.
+_SEGMENT_BYTES = 16 << 20
+_RETRY_SECONDS = 5.0  # After a write that failed.
+
+
+class Record(NamedTuple):
+    """One inserted chunk; or, with no items, how the shard stood."""
+
+    first_item_id: int
+    num_items: int
+    num_sampled: int
+    """Items that the shard had given out when the chunk came."""
+    message: Array
+    """u8[num_bytes], the packed TransitionChunk, or the state."""
+
+    @property
+    def end_item_id(self) -> int:
+        return self.first_item_id + self.num_items
+
+
+class Damage(NamedTuple):
+    """Bytes of a segment that are no record."""
+
+    file: Path
+    offset: int
+    num_bytes: int
+    is_tail: bool
+    """Nothing whole comes after it: what a write that was cut short leaves."""
+
+    def __str__(self) -> str:
+        what = "end in the middle of a record" if self.is_tail else "are no record (altered)"
+        return f"{self.file}: {self.num_bytes} bytes from {self.offset} on {what}"
+
+
+@dataclass(slots=True)
+class _Segment:
+    path: Path
+    end_item_id: int
+    num_bytes: int
+
+
+class ReplayLog:
+    """Appends records, deletes what is evicted, and reads it all back.
+
+    `state` is asked for the message with which a segment begins: what the shard was before the record that is appended then.
+
+    `append` and `release_before` are one thread's, and raise nothing: where the disk is full or gone, the run goes on, items from
+    then on are in memory only, and `stats` says so until writing works again. `sync` may be any thread's.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        disk_budget: int | None = None,
+        segment_bytes: int = _SEGMENT_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`disk_budget` in bytes: beyond it the oldest segments go, though their items are still in memory. None: no limit."""
+        self.state: Callable[[], bytes] = bytes
+        self._directory, self._disk_budget = directory, disk_budget
+        self._segment_bytes = segment_bytes if disk_budget is None else max(min(segment_bytes, disk_budget // 4), 1)
+        self._clock = clock
+        self._segments: deque[_Segment] = deque()
+        self._file: int | None = None  # Of the newest segment.
+        self._lock = threading.Lock()  # For what `sync` shares.
+        self._full: list[int] = []  # Files of segments that are full and not yet synced.
+        self._has_new_files = False
+        self._appended_end = self._synced_end = 0
+        self._num_unlogged = self._num_dropped = 0
+        self._fault: str | None = None
+        self._retry_at = 0.0
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def records(self, damages: list[Damage]) -> Iterator[Record]:
+        """Yields what the directory holds, oldest first, and notes in `damages` what it had to pass over; changes no file."""
+        for path in segment_paths(self._directory):
+            yield from _read_segment(path, damages)
+
+    def open(self, damages: list[Damage]) -> Iterator[Record]:
+        """Yields like `records`, takes over the files and cuts torn tails off; to be used up before the first `append`."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path in segment_paths(self._directory):
+            end_item_id = 0
+            found: list[Damage] = []
+            for record in _read_segment(path, found):
+                end_item_id = record.end_item_id if record.num_items else end_item_id
+                yield record
+            damages += found
+            if found and found[-1].is_tail:
+                os.truncate(path, found[-1].offset)
+            if end_item_id:
+                self._segments.append(_Segment(path, end_item_id, path.stat().st_size))
+                self._appended_end = self._synced_end = end_item_id
+            else:
+                path.unlink()
+
+    def append(self, first_item_id: int, num_items: int, num_sampled: int, message: Array) -> None:
+        """Writes one record. Keeps no view of `message`."""
+        if self._fault is not None and self._clock() < self._retry_at:
+            self._num_unlogged += num_items
+            return
+        try:
+            self._make_room(_HEADER.size + message.nbytes, first_item_id, num_sampled)
+            self._write(num_items, first_item_id, num_sampled, message.data)
+        except OSError as error:
+            self._num_unlogged += num_items
+            self._fault = f"{self._directory}: {error.strerror}: transitions are kept in memory only until writing works again"
+            self._retry_at = self._clock() + _RETRY_SECONDS
+            return
+        self._fault = None
+        self._segments[-1].end_item_id = first_item_id + num_items
+        with self._lock:
+            self._appended_end = first_item_id + num_items
+
+    def release_before(self, oldest_item_id: int) -> None:
+        """Deletes every segment all of whose items are older than `oldest_item_id`."""
+        while self._segments and self._segments[0].end_item_id <= oldest_item_id:
+            if len(self._segments) == 1:
+                self._close_file()
+            self._delete_oldest()
+
+    def start(self, sync_seconds: float) -> None:
+        """Syncs every so many seconds from now on, on a thread."""
+        self._thread = threading.Thread(target=self._sync_for_ever, args=(sync_seconds,), name="log sync", daemon=True)
+        self._thread.start()
+
+    def sync(self) -> None:
+        """Waits until all that was appended before this call is on the disk."""
+        with self._lock:
+            end, full, self._full = self._appended_end, self._full, []
+            files = full + ([os.dup(self._file)] if self._file is not None else [])
+            has_new_files, self._has_new_files = self._has_new_files, False
+        try:
+            for file in files:
+                os.fdatasync(file)
+            if has_new_files:
+                sync_directory(self._directory)
+        except OSError as error:
+            self._fault = f"{self._directory}: {error.strerror}: what was written may not survive a power failure"
+            return
+        finally:
+            for file in files:
+                os.close(file)
+        with self._lock:
+            self._synced_end = end
+
+    def close(self) -> None:
+        """Ends the thread and syncs."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._close_file()
+        self.sync()
+
+    def stats(self) -> LogStats:
+        with self._lock:
+            num_unsynced = self._appended_end - self._synced_end
+        return LogStats(
+            num_bytes=sum(segment.num_bytes for segment in self._segments),
+            num_segments=len(self._segments),
+            num_unsynced=num_unsynced,
+            num_unlogged=self._num_unlogged,
+            num_dropped=self._num_dropped,
+            fault=self._fault,
+        )
+
+    def _make_room(self, num_bytes: int, first_item_id: int, num_sampled: int) -> None:
+        """Begins a new segment where the newest is full, and keeps to the budget."""
+        if self._file is None or self._segments[-1].num_bytes + num_bytes > self._segment_bytes:
+            self._close_file()
+            path = self._directory / f"{first_item_id:016x}.log"
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            self._segments.append(_Segment(path, first_item_id, 0))
+            with self._lock:
+                self._file, self._has_new_files = file, True
+            self._write(0, first_item_id, num_sampled, memoryview(self.state()))
+        if self._disk_budget is None:
+            return
+        while len(self._segments) > 1 and sum(one.num_bytes for one in self._segments) + num_bytes > self._disk_budget:
+            following = self._segments[1].path
+            self._num_dropped += int(following.stem, 16) - int(self._segments[0].path.stem, 16)
+            self._delete_oldest()
+
+    def _write(self, num_items: int, first_item_id: int, num_sampled: int, message: memoryview) -> None:
+        """Writes a record at the newest segment's end; what a failed write has left there is taken away."""
+        assert self._file is not None
+        header = _HEADER.pack(_MAGIC, num_items, first_item_id, num_sampled, len(message), 0)[:_CHECKED]
+        parts = [header, _checksum(header, message).to_bytes(8, "little"), message]
+        segment, wanted = self._segments[-1], _HEADER.size + len(message)
+        try:
+            if os.writev(self._file, parts) != wanted:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, segment.num_bytes)
+                os.lseek(self._file, segment.num_bytes, os.SEEK_SET)
+            raise
+        segment.num_bytes += wanted
+
+    def _close_file(self) -> None:
+        with self._lock:
+            if self._file is not None:
+                self._full.append(self._file)
+                self._file = None
+
+    def _delete_oldest(self) -> None:
+        with contextlib.suppress(OSError):
+            self._segments.popleft().path.unlink()
+
+    def _sync_for_ever(self, sync_seconds: float) -> None:
+        while not self._stopping.wait(sync_seconds):
+            self.sync()
+
+
+def segment_paths(directory: Path) -> list[Path]:
+    """Returns the segment files of a log, oldest first."""
+    return sorted(directory.glob("[0-9a-f]" * 16 + ".log"))
+
+
+def sync_directory(path: Path) -> None:
+    """Waits until the names in a directory are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_segment(path: Path, damages: list[Damage]) -> Iterator[Record]:
+    data = path.read_bytes()
+    offset = 0
+    while offset < len(data):
+        record = _record_at(data, offset)
+        if record is not None:
+            yield record
+            offset += _HEADER.size + record.message.nbytes
+            continue
+        following = _next_record(data, offset + 1)
+        end = len(data) if following is None else following
+        damages.append(Damage(path, offset, end - offset, is_tail=following is None))
+        offset = end
+
+
+def _record_at(data: bytes, offset: int) -> Record | None:
+    """Returns the record that begins there, or None where none does."""
+    if data[offset : offset + 4] != _MAGIC or offset + _HEADER.size > len(data):
+        return None
+    _, num_items, first_item_id, num_sampled, num_bytes, checksum = _HEADER.unpack_from(data, offset)
+    start = offset + _HEADER.size
+    if num_bytes > len(data) - start:
+        return None
+    message = np.frombuffer(data, np.uint8, num_bytes, start)
+    if _checksum(data[offset : offset + _CHECKED], message.data) != checksum:
+        return None
+    return Record(first_item_id, num_items, num_sampled, message)
+
+
+def _next_record(data: bytes, offset: int) -> int | None:
+    """Returns where the next whole record begins, or None."""
+    while (offset := data.find(_MAGIC, offset)) >= 0:
+        if _record_at(data, offset) is not None:
+            return offset
+        offset += 1
+    return None
+
+
+def _checksum(header: bytes, message: memoryview) -> int:
+    digest = xxhash.xxh3_64(header)
+    digest.update(message)
+    return digest.intdigest()
