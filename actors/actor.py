@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import deque
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +19,17 @@ from actors.environments import Step, VectorEnvironment, push_planes
 from actors.n_step import NStepBuilder, Transitions
 from actors.policy import epsilon_greedy
 from common import params as params_module
-from common import schedules, wire
+from common import random_state, schedules, wire
 from common.config import ActorsConfig
-from common.errors import NonFiniteError
+from common.errors import NonFiniteError, UserError
 from common.messages import Array, ParamsSnapshot, TransitionChunk
 from common.metrics import ActorStats
 from common.networks import QNetwork
 from common.priorities import priority
 from common.protocols import ParamsReader, ReplayWriter
 from common.value_rescaling import IDENTITY_PAIR, SIGNED_HYPERBOLIC_PAIR
+
+_KEPT_STATS = ("env_steps", "sent", "params_epoch", "params_version", "epsilon")
 
 
 class Actor:
@@ -52,7 +57,9 @@ class Actor:
         seed: int,
         env_steps: int,
         priority_floor: float,
+        keeps_actions: bool = False,
     ) -> None:
+        """`keeps_actions`: so that `state` can be asked for; a byte or two for each step, for ever."""
         self._config, self._environment, self._network = config, environment, network
         self._replay, self._params = replay, params
         self._run, self._slot, self._incarnation = run, slot, incarnation
@@ -77,6 +84,7 @@ class Actor:
         self._num_packed = 0
         self._num_steps = 0
         self._returns: list[float] = []
+        self._actions: list[Array] | None = [] if keeps_actions else None
         self._published: float | None = None  # When the parameters in use were, on this process's monotonic clock.
         self._age_seconds, self._num_aged_steps = 0.0, 0  # Sum over the steps since the last report, and how many.
         self._stats = ActorStats(
@@ -92,7 +100,8 @@ class Actor:
         self._stacks = np.zeros((num_envs, spec.frame_stack, *spec.plane_shape), np.dtype(spec.plane_dtype))
         self._plane = np.full(num_envs, -1, np.int64)  # Number of the newest plane of each environment.
         self._first = np.zeros(num_envs, np.int64)  # Number of the plane with which its episode began.
-        planes = environment.reset(int(seeds.generate_state(1)[0] >> 2))
+        self._env_seed = int(seeds.generate_state(1)[0] >> 2)
+        planes = environment.reset(self._env_seed)
         self._push_planes(planes, np.ones(num_envs, bool))
 
     @property
@@ -147,6 +156,8 @@ class Actor:
         epsilon = self._epsilon()
         actions = epsilon_greedy(self._rng, values, epsilon)
         result = self._environment.step(actions)
+        if self._actions is not None:
+            self._actions.append(actions.astype(np.int16))
         self._num_steps += 1
         self._stats.epsilon = float(epsilon.mean())
         self._returns += result.episode_return[~np.isnan(result.episode_return)].tolist()
@@ -182,6 +193,73 @@ class Actor:
         age = self._age_seconds / self._num_aged_steps if self._num_aged_steps else math.nan
         self._age_seconds, self._num_aged_steps = 0.0, 0
         return replace(self._stats, returns=returns, lost=self._replay.lost(), params_age_seconds=age)
+
+    def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Returns all that a restart needs to go on with the very same bits: arrays by name, and plain values.
+
+        Of the environments, whose insides are their own, it is the seed and every action since: `restore` plays them again.
+        """
+        assert self._actions is not None, "made with keeps_actions"
+        arrays: dict[str, Array] = {
+            "actions": np.array(self._actions, np.int16).reshape(-1, self._environment.num_envs),
+            "stacks": self._stacks.copy(),
+            "plane": self._plane.copy(),
+            "first": self._first.copy(),
+            "params": params_module.flatten(self._network),
+            "noise_generator": self._noise_generator.get_state().numpy(),
+        }
+        arrays |= {f"n_step.{name}": array for name, array in self._n_step.state().items()}
+        for env, chunk in enumerate(self._chunks):
+            arrays |= {f"chunk{env}.{name}": array for name, array in chunk.state().items()}
+        arrays |= {f"outbox{i}": wire.pack(chunk) for i, chunk in enumerate(self._outbox)}
+        values: dict[str, Any] = {
+            "env_seed": self._env_seed,
+            "rng": random_state.state_of(self._rng),
+            "counts": [self._num_packed_chunks, self._num_packed, self._num_steps],
+            "returns": list(self._returns),
+            "stats": {name: getattr(self._stats, name) for name in _KEPT_STATS},
+            "pending": None,
+        }
+        if self._pending is not None:
+            transitions, first, bootstraps = self._pending
+            arrays |= {f"pending.{field.name}": getattr(transitions, field.name) for field in fields(Transitions)}
+            arrays["pending_first"] = first
+            values["pending"] = [[env, value] for env, value in bootstraps.items()]
+        return arrays, values
+
+    def restore(self, arrays: Mapping[str, Array], values: Mapping[str, Any]) -> None:
+        """Takes what `state` returned, of the same configuration. Plays every action of the past again.
+
+        Raises:
+          UserError: where the environments do not come to where they were: they are not reproducible.
+        """
+        self._env_seed = values["env_seed"]
+        planes = self._environment.reset(self._env_seed)
+        for actions in arrays["actions"]:
+            planes = self._environment.step(actions.astype(np.int64)).planes
+        if not np.array_equal(planes, arrays["stacks"][:, -1]):
+            raise UserError(
+                "the environments, played again from their seed, came to other observations: they are not reproducible, and a serial "
+                "run of them cannot be continued; begin another one"
+            )
+        self._actions = [row.copy() for row in arrays["actions"]]
+        self._stacks, self._plane, self._first = (np.array(arrays[name]) for name in ("stacks", "plane", "first"))
+        params_module.unflatten(self._network, arrays["params"])
+        self._noise_generator.set_state(torch.from_numpy(np.array(arrays["noise_generator"])))
+        self._n_step.restore(_part(arrays, "n_step."))
+        for env, chunk in enumerate(self._chunks):
+            chunk.restore(_part(arrays, f"chunk{env}."))
+        outbox = (arrays.get(f"outbox{i}") for i in itertools.count())
+        self._outbox = deque(wire.unpack(message, TransitionChunk) for message in itertools.takewhile(_is_there, outbox))
+        random_state.restore(self._rng, values["rng"])
+        self._num_packed_chunks, self._num_packed, self._num_steps = values["counts"]
+        self._returns = list(values["returns"])
+        for name, value in values["stats"].items():
+            setattr(self._stats, name, value)
+        self._pending = None
+        if values["pending"] is not None:
+            transitions = Transitions(**_part(arrays, "pending."))
+            self._pending = transitions, np.array(arrays["pending_first"]), dict(values["pending"])
 
     def _pull_params(self) -> None:
         message = self._params.poll(self._stats.params_epoch, self._stats.params_version)
@@ -275,6 +353,14 @@ class Actor:
         self._num_packed_chunks += 1
         self._num_packed += packed.num_transitions
         self._outbox.append(packed)
+
+
+def _part(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _is_there(array: Array | None) -> bool:
+    return array is not None
 
 
 def _rows(mask: Array, like: Array) -> Array:

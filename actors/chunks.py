@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,27 @@ class ChunkBuilder:
             "discount_t": scalars[:, 1],
             "priority": scalars[:, 2],
         }
+
+    def state(self) -> dict[str, Array]:
+        """Returns what it holds, as arrays by name."""
+        return {
+            "blocks": np.frombuffer(b"".join(self._blocks), np.uint8),
+            "block_lengths": np.array([len(block) for block in self._blocks], np.int64),
+            "open": self._open.copy(),
+            "rows": np.array([row[:4] for row in self._rows], np.int64).reshape(-1, 4),
+            "scalars": np.array([row[4:] for row in self._rows], np.float64).reshape(-1, 3),
+            "counts": np.array([self._first_block, self._num_planes, self._num_planes_sent], np.int64),
+        }
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Takes what `state` returned."""
+        ends = np.cumsum(state["block_lengths"]).tolist()
+        data = state["blocks"].tobytes()
+        self._blocks = [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        self._open = np.array(state["open"])
+        rows = zip(state["rows"].tolist(), state["scalars"].tolist(), strict=True)
+        self._rows = [(*row, *scalars) for row, scalars in rows]
+        self._first_block, self._num_planes, self._num_planes_sent = state["counts"].tolist()
 
     def _forget(self) -> None:
         oldest_block = max(self._num_planes - self._history, 0) // self._per_block

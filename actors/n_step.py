@@ -10,12 +10,15 @@ A terminated or truncated episode leaves short tails (m < n), and they are kept;
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from common.errors import NonFiniteError
 from common.messages import Array
+
+_WINDOWS = ("returns", "source", "a_tm1", "extra", "count")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,15 @@ class NStepBuilder:
             discount_t=self._discounts[column] * ~terminated[env],
             extra=self._extra[env, column],
         )
+
+    def state(self) -> dict[str, Array]:
+        """Returns copies of the windows, by name."""
+        return {name: getattr(self, f"_{name}").copy() for name in _WINDOWS}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Takes what `state` returned."""
+        for name in _WINDOWS:
+            setattr(self, f"_{name}", np.array(state[name]))
 
     def _clipped(self, reward: Array, terminated: Array) -> Array:
         clipped = reward if self._reward_clip is None else np.clip(reward, -self._reward_clip, self._reward_clip)

@@ -355,12 +355,20 @@ class ReplayConfig:
     priority_exponent: float = 0.0
     """alpha of Schaul et al. 2016 (arXiv:1511.05952): 0 uniform, 1 proportional."""
 
+    sync_seconds: float | None = 1.0
+    """Seconds between two syncs of every shard's durable log: what a power failure costs at most, where a killed process costs nothing.
+    None: no log; a shard that dies, and a run that is resumed, begins with an empty replay."""
+
+    disk_budget: ByteSize | None = None
+    """Of all shards' logs together; beyond it the oldest segments go, though their items are still in memory. None: no limit; a log
+    takes about as much as the planes in memory."""
+
     send_compressed: bool = True
     """Sampled planes travel as LZ4 blocks and the learner's prefetch threads unpack them. False: the shard does."""
 
     def __post_init__(self) -> None:
         _require_positive("replay", self, "num_shards", "memory", "capacity", "min_size")
-        _require_positive("replay", self, "samples_per_insert", "limiter_buffer_samples")
+        _require_positive("replay", self, "samples_per_insert", "limiter_buffer_samples", "sync_seconds", "disk_budget")
         _require_fraction("replay", self, "priority_exponent")
         _require(
             self.min_size <= self.capacity,

@@ -48,12 +48,16 @@ def load(network: nn.Module, snapshot: ParamsSnapshot) -> None:
         raise WireError(f"params: {len(snapshot.params)} numbers do not fill the layout")
     snapshot.check_valid()
     bits = snapshot.params.dtype == np.uint16
-    wide = (snapshot.params.astype(np.uint32) << 16).view(np.float32) if bits else snapshot.params.copy()
-    flat = torch.from_numpy(wide)
+    wide = (snapshot.params.astype(np.uint32) << 16).view(np.float32) if bits else snapshot.params
+    unflatten(network, wide)
+
+
+def unflatten(network: nn.Module, flat: Array) -> None:
+    """Writes f32[N], what `flatten` returned for the same network, into the network."""
+    numbers, start = torch.from_numpy(np.array(flat)), 0
     with torch.no_grad():
-        start = 0
         for parameter in _tensors(network).values():
-            parameter.copy_(flat[start : start + parameter.numel()].view(parameter.shape))
+            parameter.copy_(numbers[start : start + parameter.numel()].view(parameter.shape))
             start += parameter.numel()
 
 

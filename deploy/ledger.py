@@ -13,7 +13,8 @@ class Ledger:
     """What actors say they sent, set against what shards say they have.
 
     An incarnation that was killed could not report its last sends. Every chunk says how many transitions were sent before
-    it, so the shards know it better; what they did not get of that is lost with the cause "actor died".
+    it, so the shards know it better; what they did not get of that is lost with the cause "actor died", or, where it was of an
+    earlier command on the run, with that. What a shard had and has lost is lost with the cause that the shard gives.
     """
 
     def __init__(self) -> None:
@@ -45,8 +46,12 @@ class Ledger:
             by_cause = self._lost.get(sender, {})
             for cause, number in by_cause.items():
                 lost[cause] += number
-            if sender in self._died:
-                lost["actor died"] += sent[sender] - inserted[sender] - refused[sender] - sum(by_cause.values())
+            if sender in self._died or sender not in self._sent:
+                cause = "actor died" if sender in self._died else "on its way when an earlier command ended"
+                lost[cause] += sent[sender] - inserted[sender] - refused[sender] - sum(by_cause.values())
+        for shard in shards:
+            for cause, number in shard.lost.items():
+                lost[cause] += number
         num_sent, num_refused = sum(sent.values()), sum(refused.values())
         num_inserted = sum(shard.num_inserted for shard in shards)
         resident, evicted = sum(shard.size for shard in shards), sum(shard.num_evicted for shard in shards)

@@ -13,19 +13,20 @@ from deploy.params_store import ParamsStore
 class LocalReplayWriter:
     """Pushes to the shards in turn, past those that ask actors to pause."""
 
-    def __init__(self, shards: list[ReplayShardApi]) -> None:
+    def __init__(self, shards: list[ReplayShardApi], next_shard: int = 0) -> None:
         self._shards = shards
-        self._next = 0
+        self.next_shard = next_shard
+        """Whose turn it is."""
 
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         sentences = [shard.ask_to_insert() for shard in self._shards]
         return None if None in sentences else sentences[0]
 
     def push(self, message: Array, num_transitions: int) -> None:
-        while self._shards[self._next].ask_to_insert() is not None:
-            self._next = (self._next + 1) % len(self._shards)
-        self._shards[self._next].insert(message)
-        self._next = (self._next + 1) % len(self._shards)
+        while self._shards[self.next_shard].ask_to_insert() is not None:
+            self.next_shard = (self.next_shard + 1) % len(self._shards)
+        self._shards[self.next_shard].insert(message)
+        self.next_shard = (self.next_shard + 1) % len(self._shards)
 
     def lost(self) -> dict[str, int]:
         return {}

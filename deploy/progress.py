@@ -23,12 +23,13 @@ class Progress:
     `counters` go into every checkpoint and come back with it, so that steps, epsilon and wall time continue.
     """
 
-    def __init__(self, config: RunConfig, meta: dict[str, Any]) -> None:
+    def __init__(self, config: RunConfig, meta: dict[str, Any], *, is_exact: bool = False) -> None:
+        """`is_exact`: a serial run that goes on to the bit, with the same epoch and the same incarnations."""
         self.config = config
         counters = meta.get("run_counters", {})
         self.updates: int = meta.get("updates", 0)
         self.samples: int = meta.get("samples", 0)
-        self.epoch: int = meta.get("epoch", -1) + 1
+        self.epoch: int = meta.get("epoch", -1) + (not is_exact)
         slots = range(config.actors.num_actors)
         old_steps = {int(slot): steps for slot, steps in counters.get("env_steps", {}).items()}
         # A run that goes on with another number of actors shares out the steps, so that epsilon goes on where it was.
@@ -38,6 +39,8 @@ class Progress:
         )
         # No incarnation of a slot comes twice, over all commands on the run: seeds depend on it.
         self.incarnation_of: dict[int, int] = dict.fromkeys(slots, 1_000 * self.epoch - 1)
+        if is_exact:
+            self.incarnation_of = {int(slot): incarnation - 1 for slot, incarnation in counters["incarnations"].items()}
         self.earlier_seconds: float = counters.get("wall_seconds", 0.0)
         self.started = time.monotonic()
         self.ledger = Ledger()
@@ -72,6 +75,7 @@ class Progress:
     def counters(self) -> dict[str, Any]:
         return {
             "env_steps": {str(slot): steps for slot, steps in self.env_steps_of.items()},
+            "incarnations": {str(slot): incarnation for slot, incarnation in self.incarnation_of.items()},
             "wall_seconds": self.earlier_seconds + self.wall_seconds,
         }
 

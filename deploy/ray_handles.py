@@ -21,6 +21,10 @@ _POLL_SECONDS = 0.02
 _AWAY_POLL_SECONDS = 1.0
 
 
+class NotBuiltError(RuntimeError):
+    """A worker's process came anew, and its role is not made yet."""
+
+
 class WorkerAddress(NamedTuple):
     """Where a worker runs: what `py-spy`, `kill` and a person need."""
 
@@ -51,6 +55,8 @@ class Worker:
             return f"{host}:{free.getsockname()[1]}"
 
     def call(self, method: str, *args: Any, **named: Any) -> Any:
+        if self._role is None:
+            raise NotBuiltError("this process has no role yet")
         return getattr(self._role, method)(*args, **named)
 
 

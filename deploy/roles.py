@@ -19,22 +19,60 @@ if TYPE_CHECKING:
     from actors.evaluator import Evaluator
     from common.protocols import ParamsReader, ParamsWriter, ReplayReader, ReplayWriter
     from deploy.ray_params import RayParamsStore
+    from deploy.replay_logs import ShardStart
     from learner.learner import Learner
+    from replay_server.replay_log import Damage
     from replay_server.shard import ReplayShard
 
 
-def make_shard(config: RunConfig, spec: EnvSpec, run: str, shard_index: int, shard_epoch: int) -> ReplayShard:
-    """Makes shard `shard_index` with its share of all that is counted over all shards."""
+def make_shard(
+    config: RunConfig,
+    spec: EnvSpec,
+    run: str,
+    shard_index: int,
+    shard_epoch: int,
+    start: ShardStart | None = None,
+    notes: list[str] | None = None,
+) -> ReplayShard:
+    """Makes shard `shard_index` with its share of all that is counted over all shards, from its log where there is one.
+
+    Args:
+      start: what it begins with; None: it keeps no log.
+      notes: where it says what it found damaged.
+    """
+    from replay_server.recovery import NO_LOG, emptied, recover
+    from replay_server.replay_log import ReplayLog
     from replay_server.shard import ReplayShard
 
-    return ReplayShard(
+    log, state = None, start.state if start is not None else None
+    damages: list[Damage] = []
+    if start is not None and start.directory is not None:
+        budget = config.replay.disk_budget
+        share = None if budget is None else int(budget) // config.replay.num_shards
+        directory, capacity = Path(start.directory), shard_shares(config)["capacity"]
+        if state is not None:
+            state = recover(directory, state, capacity, damages, keeps_samples=start.keeps_samples)
+        log = ReplayLog(directory, disk_budget=share)
+    shard = ReplayShard(
         run=run,
         spec=spec,
         shard_index=shard_index,
         shard_epoch=shard_epoch,
         seed=int(np.random.SeedSequence([config.seed, shard_index, shard_epoch]).generate_state(1)[0]),
+        log=log,
         **shard_shares(config),
     )
+    records = log.open(damages) if log is not None else iter(())
+    if state is not None:
+        state = state if log is not None else emptied(state, NO_LOG)
+        shard.restore(records, state, log.read_priorities(state["priorities"]) if log is not None and state["priorities"] else None)
+    else:
+        assert next(records, None) is None, "a new shard begins with an empty log"
+    if log is not None and config.replay.sync_seconds is not None and not config.serial:
+        log.start(config.replay.sync_seconds)
+    if notes is not None:
+        notes += [str(damage) for damage in damages]
+    return shard
 
 
 def shard_shares(config: RunConfig) -> dict[str, Any]:
@@ -77,8 +115,9 @@ def make_learner(
     params: ParamsWriter,
     rank: int = 0,
     address: str | None = None,
+    publishes: bool = True,
 ) -> Learner:
-    """Makes the learner, or one rank of it, from a checkpoint where one is named.
+    """Makes the learner, or one rank of it, from a checkpoint where one is named; it publishes what it begins with, unless not.
 
     Rank r of N draws from the shards r, r + N and so on, and waits here for the other ranks, at rank 0's `address`.
     """
@@ -109,7 +148,7 @@ def make_learner(
     )
     if checkpoint is not None:
         learner.restore(Path(checkpoint))
-    if rank == 0:
+    if rank == 0 and publishes:
         learner.publish()
     return learner
 
@@ -143,6 +182,7 @@ def make_actor(
         seed=config.seed,
         env_steps=env_steps,
         priority_floor=config.learner.priority_floor,
+        keeps_actions=config.serial,
     )
 
 

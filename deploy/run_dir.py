@@ -24,6 +24,7 @@ from learner import checkpoint as checkpoints
 FORMAT_VERSION = 1
 _PACKAGES = ("torch", "ray", "gymnasium", "ale-py", "numpy", "lz4", "msgpack", "safetensors")
 _MUST_AGREE = ("env", "network", "seed", "learner.optimizer")
+_CHANGES_NOTHING = ("max_", "log_period_seconds", "evaluation.", "learner.checkpoint", "object_store_memory")
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -55,6 +56,11 @@ class RunDirectory:
     def write_config(self, config: RunConfig) -> None:
         """Writes settings that were changed while the run goes on, for those who continue it."""
         write_json(self.path / "run.json", self._info | {"config": config_module.as_dict(config)})
+
+    def may_go_on_exactly(self, config: RunConfig) -> bool:
+        """Whether this command can go on to the bit from the checkpoint: a serial run of the same settings wrote it."""
+        has_all = config.serial and "serial" in self.meta and config.replay.sync_seconds is not None
+        return has_all and all(change.startswith(_CHANGES_NOTHING) for change in self.changed)
 
     def close(self) -> None:
         self._lock.close()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from actors.actor import Actor
 from common.config import EnvSpec, RunConfig
 from common.errors import NonFiniteError
+from common.messages import Array
 from deploy import roles
 from deploy.adjust import take_up_adjustment
 from deploy.local_handles import LocalParams, LocalReplayReader, LocalReplayWriter
@@ -17,29 +20,38 @@ from deploy.outcome import Outcome
 from deploy.params_store import ParamsStore
 from deploy.progress import Progress
 from deploy.recorder import Recorder
+from deploy.replay_logs import ReplayLogs
 from deploy.run_dir import RunDirectory
 from deploy.stop_signal import StopSignal
+from learner import checkpoint as checkpoints
 from learner.learner import Learner
 from replay_server.shard import ReplayShard
+
+
+class System(NamedTuple):
+    """All roles of a serial run."""
+
+    shards: list[ReplayShard]
+    store: ParamsStore
+    learner: Learner
+    actors: list[Actor]
+    writers: list[LocalReplayWriter]
+    """By actor."""
 
 
 def run_serial(
     config: RunConfig, spec: EnvSpec, run_dir: RunDirectory, progress: Progress, recorder: Recorder, stop: StopSignal
 ) -> Outcome:
-    """Steps every actor once, then updates as often as the limiter allows, until a budget is used up."""
+    """Updates as often as the limiter allows, then steps every actor once, until a budget is used up.
+
+    In this order, a command that goes on does what would have come next.
+    """
     torch.use_deterministic_algorithms(True)
     threads = config.learner.num_threads or 1
-    shards = [roles.make_shard(config, spec, run_dir.run, i, progress.epoch) for i in range(config.replay.num_shards)]
-    params = LocalParams(ParamsStore())
-    checkpoint = str(run_dir.checkpoint) if run_dir.checkpoint else None
-    readers = [LocalReplayReader(shard) for shard in shards]
-    path = str(run_dir.path)
-    learner = roles.make_learner(config, spec, run_dir.run, path, progress.epoch, checkpoint, threads, readers, params)
-    actors = []
-    for slot in range(config.actors.num_actors):
-        steps, incarnation = progress.env_steps_of[slot], progress.next_incarnation(slot)
-        writer = LocalReplayWriter(list(shards))
-        actors.append(roles.make_actor(config, spec, run_dir.run, slot, incarnation, steps, writer, params))
+    logs = ReplayLogs(run_dir.path, config)
+    system = _make(config, spec, run_dir, progress, recorder, logs, threads)
+    shards, store, learner, actors, _ = system
+    params = LocalParams(store)
     roles.limit_threads(threads)
 
     def set_limiters(shares: dict[str, Any]) -> None:
@@ -51,14 +63,16 @@ def run_serial(
     try:
         while (stopped_by := "interrupted" if stop() else progress.stopped_by()) is None:
             moved = False
+            while (stopped_by := progress.stopped_by()) is None and learner.step():
+                progress.updates = learner.updates
+                moved = True
+            if stopped_by is not None:
+                break
             for actor in actors:
                 if actor.send_waiting(0.0):
                     actor.step()
                     progress.env_steps_of[actor.slot] = actor.env_steps
                     moved = True
-            while progress.stopped_by() is None and learner.step():
-                progress.updates = learner.updates
-                moved = True
             assert moved, f"the serial run is stuck: {actors[0].stats().waits_for}; {learner.stats().waits_for}"
             now = time.monotonic()
             if now >= next_row:
@@ -70,12 +84,10 @@ def run_serial(
                 recorder.row()
             if now >= next_checkpoint + config.learner.checkpoint_period_seconds:
                 next_checkpoint = now
-                learner.save(progress.counters())
-        learner.save(progress.counters())
+                _save(system, progress, logs)
+        _save(system, progress, logs)
     except NonFiniteError as error:
         stopped_by, fault = "non_finite", str(error)
-    for actor in actors:
-        actor.send_waiting(0.0)
     _collect(progress, actors, learner, shards)
     if fault is None:
         learner.publish()
@@ -88,8 +100,80 @@ def run_serial(
             if result is not None:
                 progress.on_evaluation(result)
             evaluator.close()
+    for shard in shards:
+        shard.close()
     recorder.row()
     return Outcome(stopped_by, fault, learner.digest(), progress.ledger.balance(progress.shards))
+
+
+def _make(
+    config: RunConfig,
+    spec: EnvSpec,
+    run_dir: RunDirectory,
+    progress: Progress,
+    recorder: Recorder,
+    logs: ReplayLogs,
+    threads: int,
+) -> System:
+    """Makes all roles, new or as the checkpoint has them: to the bit where it can be."""
+    is_exact = run_dir.may_go_on_exactly(config)
+    starts, notes = logs.begin(run_dir.meta, is_exact=is_exact), logs.notes
+    run, epoch = run_dir.run, progress.epoch
+    shards = [roles.make_shard(config, spec, run, i, epoch, start, notes) for i, start in enumerate(starts)]
+    for note in notes:
+        recorder.event(note)
+    store = ParamsStore()
+    readers = [LocalReplayReader(shard) for shard in shards]
+    saved = checkpoints.read(run_dir.checkpoint) if run_dir.checkpoint is not None else None
+    checkpoint = str(run_dir.checkpoint) if run_dir.checkpoint is not None else None
+    path, params = str(run_dir.path), LocalParams(store)
+    learner = roles.make_learner(
+        config, spec, run, path, epoch, checkpoint, threads, readers, params, publishes=not is_exact
+    )
+    writers = [LocalReplayWriter(list(shards)) for _ in range(config.actors.num_actors)]
+    actors = []
+    for slot, writer in enumerate(writers):
+        steps, incarnation = progress.env_steps_of[slot], progress.next_incarnation(slot)
+        actors.append(roles.make_actor(config, spec, run, slot, incarnation, steps, writer, params))
+    system = System(shards, store, learner, actors, writers)
+    if is_exact and saved is not None:
+        _restore(system, saved.tensors, saved.meta)
+    return system
+
+
+def _save(system: System, progress: Progress, logs: ReplayLogs) -> None:
+    """Writes a checkpoint of everything, between two steps."""
+    shards, store, learner, actors, writers = system
+    tensors, values = {}, []
+    for actor in actors:
+        tensors[f"actor{actor.slot}"], plain = actor.state()
+        values.append(plain)
+    parts = learner.batch_parts()
+    snapshot = store.latest(-1, -1)
+    tensors["serial"] = {f"part{i}": part for i, part in enumerate(parts) if part is not None}
+    tensors["serial"] |= {"snapshot": snapshot} if snapshot is not None else {}
+    learner.save(
+        {
+            "run_counters": progress.counters(),
+            "replay_layout": logs.layout,
+            "shards": [shard.save(progress.config.learner.checkpoints_kept) for shard in shards],
+            "serial": {"actors": values, "next_shards": [writer.next_shard for writer in writers]},
+        },
+        tensors,
+    )
+
+
+def _restore(system: System, tensors: Mapping[str, Mapping[str, Array]], meta: Mapping[str, Any]) -> None:
+    """Brings back what `_save` has written beside networks and shards."""
+    shards, store, learner, actors, writers = system
+    learner.restore_draws(meta["generator"], [tensors["serial"].get(f"part{i}") for i in range(len(shards))])
+    if "snapshot" in tensors["serial"]:
+        store.publish(np.array(tensors["serial"]["snapshot"]))
+    for actor, writer, values, next_shard in zip(
+        actors, writers, meta["serial"]["actors"], meta["serial"]["next_shards"], strict=True
+    ):
+        actor.restore(tensors[f"actor{actor.slot}"], values)
+        writer.next_shard = next_shard
 
 
 def _collect(progress: Progress, actors: list[Actor], learner: Learner, shards: list[ReplayShard]) -> None:

@@ -33,9 +33,10 @@ from deploy.adjust import take_up_adjustment
 from deploy.outcome import Outcome
 from deploy.plan import CpuPlan, plan_cpus
 from deploy.progress import Progress
-from deploy.ray_handles import RayReplayReader, RayReplayWriter, Worker, WorkerAddress
+from deploy.ray_handles import NotBuiltError, RayReplayReader, RayReplayWriter, Worker, WorkerAddress
 from deploy.ray_params import RayParamsReader, RayParamsWriter
 from deploy.recorder import Recorder
+from deploy.replay_logs import ReplayLogs, ShardStart
 from deploy.run_dir import RunDirectory, write_json
 from deploy.stop_signal import StopSignal
 from learner import checkpoint as checkpoints
@@ -44,6 +45,8 @@ _CALL_SECONDS = 1.0  # How long a worker runs before it reports.
 _START_SECONDS = 180.0  # A worker that is not ready by then will not be.
 _ANSWER_SECONDS = 30.0  # A call that only reads or writes state.
 _HUNG_SECONDS = 120.0  # A worker that was to report after a second and did not for so long is given up.
+_LOOK_SECONDS = 1.0  # Between two questions to shards and store, which answer at once.
+_SILENT_SECONDS = 30.0  # A shard or store that did not answer for so long is given up.
 _MAX_DEATHS, _DEATHS_SECONDS = 5, 60.0  # A slot that dies so often within so long is not restarted again.
 
 
@@ -65,9 +68,10 @@ class _Call(NamedTuple):
 
 
 class Supervisor:
-    """Starts the workers of one run, restarts actors, evaluator and learner when they die, and ends the run in good order.
+    """Starts the workers of one run, restarts those that die, and ends the run in good order.
 
-    A dead shard or store ends the run with its last checkpoint intact.
+    Shards and store come back behind the same handle, which actors and learner keep: Ray makes their process anew, and the
+    supervisor its role, a shard's from its log.
     """
 
     def __init__(
@@ -78,7 +82,14 @@ class Supervisor:
         self._calls: dict[Any, _Call] = {}  # By reference, those under way.
         self._actors: dict[int, Any] = {}
         self._deaths: dict[tuple[str, int], deque[float]] = {}
+        self._logs = ReplayLogs(run_dir.path.resolve(), config)
         self._shards: list[Any] = []
+        self._shard_states: list[Any] = []  # As of the last checkpoint.
+        self._shard_restarts: list[int] = []
+        self._next_look = 0.0
+        self._told_back: set[int] = set()  # Shards that are made again and have not told yet what they hold.
+        self._must_publish = False  # The store is empty.
+        self._saves = False  # The shards are saving their part of a checkpoint.
         self._learners: list[Any] = []  # By rank; the first one publishes and saves.
         self._learns = False  # Else the learner is being made.
         self._next_checkpoint = 0.0
@@ -115,12 +126,14 @@ class Supervisor:
         self._place(plan)
         self._make_learners()
         num_ranks = config.learner.num_devices
-        self._shards = [self._worker(f"shard{i}", plan.shard, num_ranks + i) for i in range(config.replay.num_shards)]
-        self._store = self._worker("store", plan.store)
-        run, epoch = self._run_dir.run, self._progress.epoch
-        built = [
-            shard.build.remote(roles.make_shard, config, self._spec, run, i, epoch) for i, shard in enumerate(self._shards)
-        ]
+        starts = self._logs.begin(self._run_dir.meta)
+        for note in self._logs.notes:
+            self._recorder.event(note)
+        indices = range(config.replay.num_shards)
+        self._shards = [self._worker(f"shard{i}", plan.shard, num_ranks + i, max_restarts=-1) for i in indices]
+        self._shard_states, self._shard_restarts = [None for _ in indices], [0 for _ in indices]
+        self._store = self._worker("store", plan.store, max_restarts=-1)
+        built = [self._build_shard(i, start) for i, start in enumerate(starts)]
         built.append(self._store.build.remote(roles.make_params_store))
         built += self._build_learners(self._run_dir.checkpoint)
         self._start_evaluator()
@@ -130,6 +143,9 @@ class Supervisor:
         addresses = self._answers(built, _START_SECONDS, "learner, shards and store to start")
         for name, address in zip(names, addresses, strict=True):
             self._note_worker(name, address)
+        self._read_shards()
+        if self._run_dir.meta:
+            self._tell_of_replay()
         self._save()  # So that from here on there is always one to go on from.
         self._start_learners()
 
@@ -156,15 +172,31 @@ class Supervisor:
             )
         return config.num_devices if there else 0
 
-    def _worker(self, name: str, num_cpus: float, bundle: int | None = None, num_gpus: float = 0.0) -> Any:
+    def _worker(
+        self, name: str, num_cpus: float, bundle: int | None = None, num_gpus: float = 0.0, max_restarts: int = 0
+    ) -> Any:
         """Makes a worker, in a bundle of the placement group where one is named."""
-        options: dict[str, Any] = {"num_cpus": num_cpus, "max_restarts": 0, "enable_task_events": False, "name": name}
+        options: dict[str, Any] = {"num_cpus": num_cpus, "enable_task_events": False, "name": name}
+        options["max_restarts"] = max_restarts
         if num_gpus:
             options["num_gpus"] = num_gpus
         if bundle is not None:
             assert self._group is not None
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         return ray.remote(Worker).options(**options).remote()
+
+    def _build_shard(self, index: int, start: ShardStart) -> Any:
+        """Has a shard made, under an epoch of its own; returns the call, which waits for the process where that comes anew."""
+        epoch = 1_000 * self._progress.epoch + self._shard_restarts[index]
+        arguments = (self._config, self._spec, self._run_dir.run, index, epoch, start)
+        return self._shards[index].build.options(max_task_retries=-1).remote(roles.make_shard, *arguments)
+
+    def _tell_of_replay(self) -> None:
+        """Says what came back of the replay, and what did not."""
+        shards = self._progress.shards
+        size = sum(shard.size for shard in shards)
+        lost = [f"{number:,} {cause}" for shard in shards for cause, number in shard.lost.items()]
+        self._recorder.event(f"{size:,} transitions are back in {len(shards)} shards; lost since the run began: {', '.join(lost) or 'none'}")
 
     def _learner_names(self) -> list[str]:
         ranks = range(self._config.learner.num_devices)
@@ -274,11 +306,12 @@ class Supervisor:
                 if stopped_by is not None:
                     break
                 self._take_answers()
+                self._look_at_shards()
                 now = time.monotonic()
                 if now >= next_row:
                     next_row = now + config.log_period_seconds
                     self._adjust()
-                    self._read_shards()
+                    self._tell_faults()
                     self._recorder.row()
             self._drain_role("learner", _ANSWER_SECONDS if self._learns else _START_SECONDS)
             self._drain_actors()
@@ -333,8 +366,43 @@ class Supervisor:
             self._expect(self._actors[index].call.remote("run", _CALL_SECONDS), "actor", index)
         elif role == "learner":
             self._on_learner(index, result)
+        elif role == "shard":
+            self._on_shard(index, result)
+        elif role == "saving":
+            self._shard_states[index] = result
+        elif role == "store":
+            if isinstance(result, WorkerAddress):
+                self._note_worker("store", result)
+                self._recorder.event("the params store is back; the learner publishes again")
+                self._must_publish = True
         else:
             self._on_evaluator(result)
+
+    def _look_at_shards(self) -> None:
+        """Asks shards and store, each second, how they are: nobody else waits for their answers."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _LOOK_SECONDS
+        asked = {(call.role, call.worker_index) for call in self._calls.values()}
+        for index, shard in enumerate(self._shards):
+            if ("shard", index) not in asked:
+                self._expect(shard.call.remote("stats"), "shard", index, _SILENT_SECONDS)
+        if ("store", 0) not in asked:
+            self._expect(self._store.call.remote("latest", self._progress.epoch + 1, 0), "store", 0, _SILENT_SECONDS)
+
+    def _on_shard(self, index: int, result: Any) -> None:
+        """Takes in how a shard is, or that it is back."""
+        if isinstance(result, WorkerAddress):
+            self._note_worker(f"shard{index}", result)
+            self._told_back.add(index)
+            return
+        shards = list(self._progress.shards)
+        shards[index] = result
+        self._progress.shards = shards
+        if index in self._told_back:
+            self._told_back.discard(index)
+            lost = sum(result.lost.values())
+            self._recorder.event(f"shard {index} is back with {result.size:,} transitions; {lost:,} are lost so far")
 
     def _on_learner(self, rank: int, result: Any) -> None:
         """Takes in what a rank reported; when all have, they go on together."""
@@ -346,6 +414,9 @@ class Supervisor:
             if isinstance(result, WorkerAddress):
                 self._start_learners()
             else:
+                if self._must_publish:
+                    self._must_publish = False
+                    self._learners[0].call.remote("publish")
                 self._save_when_due()
                 self._call_learners()
 
@@ -383,7 +454,12 @@ class Supervisor:
         cause = error.cause if isinstance(error, RayTaskError) else None
         if isinstance(cause, (NonFiniteError, UserError)) and not isinstance(cause, WireError):
             raise type(cause)(f"{role} {index}: {cause}") from error
-        name = "the evaluator" if role == "evaluator" else f"actor {index}" if role == "actor" else f"the {role}"
+        if role == "saving":  # Another call says so too; the state of the checkpoint before stays.
+            return
+        if isinstance(cause, NotBuiltError):
+            error = ray.exceptions.RayActorError("its process came anew")
+        names = {"evaluator": "the evaluator", "store": "the params store", "learner": "the learner"}
+        name = names.get(role, f"{role} {index}")
         if role == "learner":
             name, index = "the learner", 0  # Its ranks die together.
         deaths = self._deaths.setdefault((role, index), deque(maxlen=_MAX_DEATHS))
@@ -399,6 +475,9 @@ class Supervisor:
                 raise RunFault(f"the learner died {_MAX_DEATHS} times without an update, the last time of: {_one_line(error)}")
             self._restart_learners(error)
             return
+        if role in ("shard", "store"):
+            self._restart_behind_handle(role, index, f"{name} died ({_one_line(error)})", error)
+            return
         self._recorder.event(f"{name} died ({_one_line(error)}); a new one takes its place")
         if role == "actor":
             ray.kill(self._actors[index])
@@ -407,6 +486,21 @@ class Supervisor:
         else:
             ray.kill(self._evaluator)
             self._start_evaluator()
+
+    def _restart_behind_handle(self, role: str, index: int, text: str, error: RayError) -> None:
+        """Makes a shard's or the store's role anew in the process that Ray starts for it."""
+        worker = self._shards[index] if role == "shard" else self._store
+        if isinstance(error, ray.exceptions.GetTimeoutError):  # It hangs.
+            _end_process(self._addresses.get(f"shard{index}" if role == "shard" else "store"))
+        if role == "store":
+            self._recorder.event(f"{text}; it begins empty, and actors act on with what they have")
+            built = worker.build.options(max_task_retries=-1).remote(roles.make_params_store)
+            self._expect(built, "store", 0, _START_SECONDS)
+            return
+        self._shard_restarts[index] += 1
+        directory, state = self._logs.start_of(index), self._shard_states[index]
+        self._recorder.event(f"{text}; it comes back {'from its log' if directory is not None else 'empty'}")
+        self._expect(self._build_shard(index, ShardStart(directory, state, keeps_samples=True)), "shard", index, _START_SECONDS)
 
     def _confirm_target(self) -> str | None:
         """Pauses the learner and evaluates its very parameters in full; returns "target_return" where the target holds."""
@@ -504,23 +598,45 @@ class Supervisor:
         return str(digest)
 
     def _save_when_due(self) -> None:
-        """Has a checkpoint written, between two calls of all ranks: not one of them can keep the driver waiting then."""
-        if time.monotonic() >= self._next_checkpoint:
-            self._next_checkpoint = time.monotonic() + self._config.learner.checkpoint_period_seconds
+        """Begins a checkpoint where it is due: first all shards save, meanwhile the learner goes on; then, between two of its
+        calls, it copies what it has, and writes that while it goes on again."""
+        is_saving = any(call.role == "saving" for call in self._calls.values())
+        if self._saves and not is_saving:
+            self._saves = False
+            call = self._learners[0].call.remote("begin_save", self._checkpoint_parts())
             with contextlib.suppress(WorkerDied):  # Its next call will say so.
-                self._save()
+                self._answers([call], _ANSWER_SECONDS, "the learner to begin a checkpoint")
+        elif time.monotonic() >= self._next_checkpoint and not self._saves:
+            self._next_checkpoint = time.monotonic() + self._config.learner.checkpoint_period_seconds
+            self._saves = True
+            for index, shard in enumerate(self._shards):
+                self._expect(shard.call.remote("save", self._config.learner.checkpoints_kept), "saving", index)
 
     def _save(self) -> str:
-        call = self._learners[0].call.remote("save", self._progress.counters())
+        """Writes a checkpoint now; returns its name."""
+        for index, shard in enumerate(self._shards):
+            with contextlib.suppress(RunFault):  # One that is away stays as it was at the checkpoint before.
+                call = shard.call.remote("save", self._config.learner.checkpoints_kept)
+                (self._shard_states[index],) = self._answers([call], _ANSWER_SECONDS, f"shard {index} to save")
+        call = self._learners[0].call.remote("save", self._checkpoint_parts())
         (name,) = self._answers([call], _ANSWER_SECONDS, "the learner to write a checkpoint")
         return str(name)
 
+    def _checkpoint_parts(self) -> dict[str, Any]:
+        """Returns what is in a checkpoint beside the learner's own."""
+        return {
+            "run_counters": self._progress.counters(),
+            "replay_layout": self._logs.layout,
+            "shards": self._shard_states,
+        }
+
     def _read_shards(self) -> None:
-        """Reads the shards' statistics, and asks the store for a sign of life: nobody else waits for its answers."""
+        """Reads the shards' statistics now."""
         calls = {f"shard {i}": shard.call.remote("stats") for i, shard in enumerate(self._shards)}
-        calls["the params store"] = self._store.call.remote("latest", self._progress.epoch + 1, 0)
-        answers = [self._answers([call], _ANSWER_SECONDS, name)[0] for name, call in calls.items()]
-        self._progress.shards = answers[: len(self._shards)]
+        self._progress.shards = [self._answers([call], _ANSWER_SECONDS, name)[0] for name, call in calls.items()]
+        self._tell_faults()
+
+    def _tell_faults(self) -> None:
         for sentence in self._progress.new_faults():
             self._recorder.event(sentence)
 

@@ -38,7 +38,7 @@ def train(config: RunConfig, path: Path) -> int:
     check_memory(config, spec)
     check_learner(config.learner)
     run_dir = run_dirs.open_run(config, path)
-    progress = Progress(config, run_dir.meta)
+    progress = Progress(config, run_dir.meta, is_exact=run_dir.may_go_on_exactly(config))
     progress.started = started
     budget = progress.stopped_by()
     if budget is not None:

@@ -177,6 +177,14 @@ class BatchSource:
             raise item
         return item
 
+    def state(self) -> list[Array | None]:
+        """Returns the shards' parts that wait for those of other shards, packed; without threads, between two batches."""
+        return [wire.pack(part) if part is not None else None for part in self._parts]
+
+    def restore(self, parts: Sequence[Array | None]) -> None:
+        """Takes what `state` returned."""
+        self._parts = [wire.unpack(part, SampleBatch) if part is not None else None for part in parts]
+
     def update_priorities(self, batch: Batch, priority: Array) -> None:
         """Sends f64[B] priorities back to the shards that the items came from."""
         start = 0

@@ -1,6 +1,6 @@
 """Checkpoints on disk: safetensors files and a msgpack manifest with their checksums. Nothing is ever unpickled.
 
-    checkpoints/<updates, 10 digits>[-<n>]/   online.safetensors target.safetensors optimizer.safetensors manifest.msgpack
+    checkpoints/<updates, 10 digits>[-<n>]/   online.safetensors target.safetensors optimizer.safetensors ... manifest.msgpack
 
 Written aside, fsynced and renamed, so a checkpoint is there whole or not at all. Tensors are numpy arrays here, so that the
 driver can check a checkpoint without PyTorch.
@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 from common.errors import CheckpointError
 from common.messages import Array
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = (1, 2)  # Format 1 had nothing of shards and actors: what reads their part finds it missing.
 MANIFEST = "manifest.msgpack"
-_TENSOR_FILES = ("online", "target", "optimizer")
+_NEEDED = ("online", "target", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +35,7 @@ class Checkpoint:
     """What a checkpoint holds."""
 
     tensors: Mapping[str, Mapping[str, Array]]
-    """`online`, `target` and `optimizer`, each a map of named arrays."""
+    """`online`, `target`, `optimizer` and what else there is, each a map of named arrays and a file."""
     meta: Mapping[str, Any]
     """Plain values: counters, the run's identity, the optimizer's hyperparameters."""
 
@@ -54,8 +55,8 @@ def write(directory: Path, updates: int, checkpoint: Checkpoint, *, kept: int) -
     aside = directory / f".{final.name}.part"
     aside.mkdir()
     files: dict[str, dict[str, Any]] = {}
-    for name in _TENSOR_FILES:
-        data = safetensors.numpy.save(dict(checkpoint.tensors[name]))
+    for name, tensors in checkpoint.tensors.items():
+        data = safetensors.numpy.save(dict(tensors))
         _write_synced(aside / f"{name}.safetensors", data)
         files[f"{name}.safetensors"] = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     body = msgpack.packb({"format_version": FORMAT_VERSION, "files": files, "meta": dict(checkpoint.meta)})
@@ -83,7 +84,7 @@ def read(path: Path) -> Checkpoint:
     """
     manifest = _read_manifest(path)
     tensors = {}
-    for name in _TENSOR_FILES:
+    for name in dict.fromkeys((*_NEEDED, *(Path(name).stem for name in manifest["files"]))):
         file = path / f"{name}.safetensors"
         expected = manifest["files"].get(file.name)
         data = _read_bytes(file)
@@ -105,7 +106,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if hashlib.sha256(body).digest() != digest:
         raise _fault(file, "its checksum is wrong: truncated or altered")
     manifest = msgpack.unpackb(body, strict_map_key=False)
-    if manifest["format_version"] != FORMAT_VERSION:
+    if manifest["format_version"] not in _READABLE:
         text = f"format {manifest['format_version']}, but this code reads {FORMAT_VERSION}: use the qfleet that wrote it"
         raise CheckpointError(f"checkpoint {file}: {text}")
     assert isinstance(manifest, dict)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,6 +100,8 @@ class Learner:
             last_fault=None,
         )
         self._losses: list[float] = []
+        self._saver = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[Path] | None = None
 
     @property
     def updates(self) -> int:
@@ -111,6 +115,7 @@ class Learner:
     def close(self) -> None:
         self._source.close()
         self._update.close()
+        self._saver.shutdown()
         if self._group is not None:
             self._group.close()
 
@@ -168,8 +173,23 @@ class Learner:
         stats.num_dropped_batches, stats.last_fault = self._source.num_dropped_batches, self._source.last_fault
         return stats
 
-    def save(self, run_counters: dict[str, Any]) -> str:
-        """Writes a checkpoint and returns its name. `run_counters` are the supervisor's, kept as they are."""
+    def save(self, run: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Array]] = MappingProxyType({})) -> str:
+        """Writes a checkpoint and returns its name, when it is on the disk; see `begin_save`."""
+        self.begin_save(run, tensors)
+        name = self.saved(timeout_seconds=None)
+        assert name is not None
+        return name
+
+    def begin_save(self, run: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Array]] = MappingProxyType({})) -> None:
+        """Copies what a checkpoint holds, and has it written on a thread while updates go on.
+
+        Args:
+          run: what others than the learner want to find again, plain values: a part of `meta` for each name.
+          tensors: the same, arrays: a file for each name.
+
+        Raises:
+          NonFiniteError: for a parameter that is not finite; nothing is written then.
+        """
         self._settle()
         for name, parameter in self._online.named_parameters():
             if not torch.isfinite(parameter).all():
@@ -181,16 +201,38 @@ class Learner:
             "samples": self._stats.samples,
             "layout": params_module.layout(self._online),
             "digest": self.digest(),
-            "run_counters": run_counters,
+            "generator": self._update.generator_state(),
+            **run,
         }
         state = {
             "online": self._online.state_dict(),
             "target": self._target.state_dict(),
             "optimizer": _optimizer_tensors(self._optimizer),
         }
-        saved = checkpoints.Checkpoint(tensors={name: _to_numpy(part) for name, part in state.items()}, meta=meta)
-        directory = self._run_dir / "checkpoints"
-        return checkpoints.write(directory, self.updates, saved, kept=self._config.checkpoints_kept).name
+        saved = checkpoints.Checkpoint(tensors={name: _to_numpy(part) for name, part in state.items()} | dict(tensors), meta=meta)
+        directory, kept = self._run_dir / "checkpoints", self._config.checkpoints_kept
+        self._saving = self._saver.submit(checkpoints.write, directory, self.updates, saved, kept=kept)
+
+    def saved(self, timeout_seconds: float | None = 0.0) -> str | None:
+        """Returns the name of the checkpoint that was begun last, or None where it is not on the disk within the timeout.
+
+        Raises:
+          OSError: where it could not be written; those before it are as they were.
+        """
+        assert self._saving is not None, "none was begun"
+        try:
+            return self._saving.result(timeout_seconds).name
+        except TimeoutError:
+            return None
+
+    def batch_parts(self) -> list[Array | None]:
+        """Returns what is drawn and not learned from yet, of a learner without threads; for `restore_draws`."""
+        return self._source.state()
+
+    def restore_draws(self, generator: bytes, parts: Sequence[Array | None]) -> None:
+        """After `restore`, takes what is random of a checkpoint (its `generator`), and what `batch_parts` returned."""
+        self._update.restore_generator(generator)
+        self._source.restore(parts)
 
     def restore(self, path: Path) -> None:
         """Takes networks, optimizer and counters from a checkpoint; raises CheckpointError where it does not fit."""
@@ -301,7 +343,8 @@ class Learner:
 
 
 def _to_numpy(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
-    return {name: np.ascontiguousarray(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()}
+    """Returns copies on the host: updates go on while they are written."""
+    return {name: np.array(tensor.detach().cpu().numpy(), order="C") for name, tensor in tensors.items()}
 
 
 def _to_torch(arrays: Mapping[str, Array]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -137,6 +138,13 @@ class Update:
                     group["lr"].fill_(learning_rate)
             else:
                 group["lr"] = learning_rate
+
+    def generator_state(self) -> bytes:
+        """Returns the state of all that is random in updates."""
+        return bytes(self._generator.get_state().numpy())
+
+    def restore_generator(self, state: bytes) -> None:
+        self._generator.set_state(torch.from_numpy(np.frombuffer(state, np.uint8).copy()))
 
     def report(self, results: Results) -> tuple[Tensor, torch.cuda.Event | None]:
         """Starts to bring f32[B + 3], the TD errors and the scalars, to the host; returns them and what to wait for first."""

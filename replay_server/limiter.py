@@ -152,8 +152,8 @@ class RateLimiter:
         return {name: getattr(self, name) for name in (*_SETTINGS, *_ACCOUNTS)}
 
     def restore(self, state: Mapping[str, Any], size: int) -> None:
-        """Takes the accounts of `state()`, so that nobody is owed more or less than before; settings that are others by now take
-        effect as `set` has it.
+        """Takes the accounts of `state()`, so that nobody is owed more or less than before. Settings that are others by now, and
+        items that are missing to the minimum size, have the effect that they have in `set`.
 
         Args:
           state: what `state()` returned.
@@ -162,7 +162,8 @@ class RateLimiter:
         settings = {name: getattr(self, name) for name in _SETTINGS}
         for name in (*_SETTINGS, *_ACCOUNTS):
             setattr(self, name, state[name])
-        if any(state[name] != value for name, value in settings.items()):
+        starts_again = size < self.min_size and self.num_inserted >= self._inserted_then
+        if starts_again or any(state[name] != value for name, value in settings.items()):
             self.set(size=size, **settings)
 
     def _ask(self, side: _Side, size: int) -> str | None:

@@ -22,9 +22,9 @@ import numpy as np
 
 from common import wire
 from common.messages import Array, TransitionChunk
-from replay_server.replay_log import Damage, Record, ReplayLog, sync_directory
-from replay_server.shard import Priorities
+from replay_server.replay_log import Damage, Priorities, Record, ReplayLog, sync_directory
 
+NO_LOG = "of a replay without a log"
 NOT_IN_LOG = "not in the log (altered on the disk, or never written to a full one)"
 
 
@@ -36,8 +36,8 @@ class SavedShard:
     """Of its log."""
     state: Mapping[str, Any]
     """`ReplayShard.state()` at a checkpoint, or what `catch_up` made of it: items from its `next_item_id` on are left out."""
-    priorities: Priorities
-    """`ReplayShard.priorities()` at the checkpoint. Younger items have those that their actors gave."""
+    priorities: Priorities | None
+    """`ReplayShard.priorities()` at the checkpoint; other items have those that their actors gave."""
 
 
 def catch_up(
@@ -69,8 +69,32 @@ def catch_up(
     else:
         state["rng"], limiter["num_sampled"] = saved["rng"], saved["limiter"]["num_sampled"]
     state["oldest_item_id"] = max(state["oldest_item_id"], state["next_item_id"] - state["capacity"])
-    is_whole = not has_gap and (expected is None or expected >= saved["next_item_id"])
+    is_whole = not has_gap and (saved["next_item_id"] == saved["oldest_item_id"] if expected is None else expected >= saved["next_item_id"])
     return state, is_whole
+
+
+def recover(
+    directory: Path, state: Mapping[str, Any], capacity: int, damages: list[Damage], *, keeps_samples: bool
+) -> dict[str, Any]:
+    """Makes a log such that its shard can take it, writing it anew where it must; returns the state to take it with.
+
+    Args:
+      directory, state, damages, keeps_samples: as `catch_up` takes them; the state with the name of its `priorities`.
+      capacity: of the shard.
+    """
+    aside = directory.with_name(f"{directory.name}.new")
+    finish_move(aside / "0", directory)
+    shutil.rmtree(aside, ignore_errors=True)
+    caught_up, is_whole = catch_up(directory, state, damages, keeps_samples=keeps_samples)
+    if is_whole:
+        return caught_up
+    name = state["priorities"]
+    saved = SavedShard(directory, caught_up, ReplayLog(directory).read_priorities(name) if name else None)
+    (written,) = rewrite([saved], aside, [capacity], [])
+    name = ReplayLog(written.directory).write_priorities(written.priorities, 1) if written.priorities is not None else None
+    move_into_place(written.directory, directory)
+    shutil.rmtree(aside, ignore_errors=True)
+    return {**written.state, "priorities": name}
 
 
 def _count(state: dict[str, Any], chunk: TransitionChunk, record: Record) -> None:
@@ -113,7 +137,7 @@ def rewrite(
     num_expected = sum(source.state["next_item_id"] - source.state["oldest_item_id"] for source in sources)
     num_items = sum(len(priority) for _, priority, _ in _by_age(sources, damages))
     num_over = max(num_items - sum(capacities), 0)
-    states = _share([source.state for source in sources], capacities, num_over)
+    states = share([source.state for source in sources], capacities, num_over)
     if num_items < num_expected:
         lost = states[0]["lost"]
         lost[NOT_IN_LOG] = lost.get(NOT_IN_LOG, 0) + num_expected - num_items
@@ -207,14 +231,25 @@ def _resident(
             continue
         chunk = wire.unpack(record.message, TransitionChunk)
         priority = chunk.priority**exponent if exponent > 0 else np.ones(record.num_items)
-        first, last = max(record.first_item_id, saved.first_item_id), min(record.end_item_id, saved.end_item_id)
-        if last > first:
+        first, last = record.first_item_id, record.end_item_id
+        if saved is not None:
+            first, last = max(first, saved.first_item_id), min(last, saved.end_item_id)
+        if saved is not None and last > first:
             priority[first - record.first_item_id : last - record.first_item_id] = saved.of(first, last)
         age = (record.first_item_id - oldest) / (end - oldest)
         yield age, index, _part(chunk, start, stop), priority[start:stop], record.num_sampled
 
 
-def _share(states: Sequence[Mapping[str, Any]], capacities: Sequence[int], num_more_evicted: int) -> list[dict[str, Any]]:
+def emptied(state: Mapping[str, Any], cause: str) -> dict[str, Any]:
+    """Returns the state of a shard whose items are lost."""
+    state = copy.deepcopy(dict(state))
+    num_items = state["next_item_id"] - state["oldest_item_id"]
+    if num_items:
+        state["lost"][cause] = state["lost"].get(cause, 0) + num_items
+    return state | {"next_item_id": state["oldest_item_id"], "priorities": None}
+
+
+def share(states: Sequence[Mapping[str, Any]], capacities: Sequence[int], num_more_evicted: int = 0) -> list[dict[str, Any]]:
     """Returns empty states of shards of these capacities that together have evicted, sampled, received and refused as much as the given ones, and
     evicted so many more.
 
@@ -245,6 +280,7 @@ def _share(states: Sequence[Mapping[str, Any]], capacities: Sequence[int], num_m
                 "capacity": capacity,
                 "limiter": limiter[index],
                 "lost": dict(lost) if is_first else {},
+                "priorities": None,
                 "counts": {name: value if is_first else 0 for name, value in counts_total.items()},
                 "senders": [[*sender, *counts] for sender, counts in senders.items()] if is_first else [],
             }

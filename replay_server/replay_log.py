@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import msgpack
 import numpy as np
 import xxhash
 
@@ -48,6 +49,23 @@ class Record(NamedTuple):
     @property
     def end_item_id(self) -> int:
         return self.first_item_id + self.num_items
+
+
+class Priorities(NamedTuple):
+    """Of successive items of one shard."""
+
+    first_item_id: int
+    exponent: float
+    values: Array
+    """f64[M], priority ** exponent."""
+
+    @property
+    def end_item_id(self) -> int:
+        return self.first_item_id + len(self.values)
+
+    def of(self, first: int, end: int) -> Array:
+        """Returns those of items [first, end), all of which there must be."""
+        return self.values[first - self.first_item_id : end - self.first_item_id]
 
 
 class Damage(NamedTuple):
@@ -152,6 +170,38 @@ class ReplayLog:
             if len(self._segments) == 1:
                 self._close_file()
             self._delete_oldest()
+
+    def write_priorities(self, priorities: Priorities, kept: int) -> str | None:
+        """Writes them to a file of their own, of which the newest `kept` stay; returns its name, or None where the disk is full."""
+        values = np.ascontiguousarray(priorities.values, "<f8").tobytes()
+        message = msgpack.packb([priorities.first_item_id, priorities.exponent, values])
+        newest = sorted(self._directory.glob("priorities-*"))[-kept:]
+        path = self._directory / f"priorities-{int(newest[-1].stem.split('-')[1]) + 1 if newest else 0:08d}.msgpack"
+        try:
+            with path.open("wb") as file:
+                file.write(_checksum(b"", memoryview(message)).to_bytes(8, "little") + message)
+                file.flush()
+                os.fsync(file.fileno())
+            sync_directory(self._directory)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            self._fault = f"{path}: {error.strerror}: priorities are not saved"
+            return None
+        for old in sorted(self._directory.glob("priorities-*"))[:-kept]:
+            old.unlink()
+        return path.name
+
+    def read_priorities(self, name: str) -> Priorities | None:
+        """Reads a file that `write_priorities` wrote; None where it is gone or was altered."""
+        try:
+            data = (self._directory / name).read_bytes()
+        except OSError:
+            return None
+        message = data[8:]
+        if data[:8] != _checksum(b"", memoryview(message)).to_bytes(8, "little"):
+            return None
+        first_item_id, exponent, values = msgpack.unpackb(message)
+        return Priorities(first_item_id, exponent, np.frombuffer(values, "<f8"))
 
     def start(self, sync_seconds: float) -> None:
         """Syncs every so many seconds from now on, on a thread."""

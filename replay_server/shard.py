@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -22,7 +22,7 @@ from common.metrics import SenderCount, ShardStats
 from common.planes import check_blocks, codec_of, decode_planes, planes_per_block
 from common.protocols import InsertReply, SampleReply
 from replay_server.limiter import RateLimiter
-from replay_server.replay_log import Record, ReplayLog
+from replay_server.replay_log import Priorities, Record, ReplayLog
 from replay_server.storage import SegmentStore
 from replay_server.sum_tree import SumTree
 
@@ -32,23 +32,6 @@ _MAX_SEGMENT_BYTES = 4 << 20
 _MIN_SEGMENT_BYTES = 128 << 10
 _GOOD_SEGMENT_BYTES = 512 << 10  # Holds the largest chunk of planes that do not compress, with its history.
 _COUNTS = ("_num_refused_chunks", "_num_stale_priority_updates", "_num_priority_updates")
-
-
-class Priorities(NamedTuple):
-    """Of successive items of one shard."""
-
-    first_item_id: int
-    exponent: float
-    values: Array
-    """f64[M], priority ** exponent."""
-
-    @property
-    def end_item_id(self) -> int:
-        return self.first_item_id + len(self.values)
-
-    def of(self, first: int, end: int) -> Array:
-        """Returns those of items [first, end), all of which there must be."""
-        return self.values[first - self.first_item_id : end - self.first_item_id]
 
 
 class ReplayShard:
@@ -223,6 +206,25 @@ class ReplayShard:
         for slot, start, num in self._slot_ranges(self._oldest_item_id, self._next_item_id) if self._tree and self.size else ():
             values[start : start + num] = self._tree.values[slot : slot + num]
         return Priorities(self._oldest_item_id, self._priority_exponent, values)
+
+    def save(self, kept: int) -> dict[str, Any]:
+        """Waits until the log is on the disk, with the priorities beside it; returns what a checkpoint keeps: `state`, and the name
+        of that file as `priorities`.
+
+        Args:
+          kept: how many files of priorities stay, the newest ones.
+        """
+        state = self.state() | {"priorities": None}
+        if self._log is not None:
+            if self._tree is not None:
+                state["priorities"] = self._log.write_priorities(self.priorities(), kept)
+            self._log.sync()
+        return state
+
+    def close(self) -> None:
+        """Syncs the log for the last time."""
+        if self._log is not None:
+            self._log.close()
 
     def restore(self, records: Iterable[Record], state: Mapping[str, Any], priorities: Priorities | None) -> int:
         """Takes in a log, before anything else is done with this shard; returns how many transitions it then holds.

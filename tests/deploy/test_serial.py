@@ -2,10 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from deploy import cli
+from deploy import cli, run_dir
 from deploy.plots import read_rows
+from learner import checkpoint as checkpoints
+from replay_server.replay_log import ReplayLog
 
 QUIET = ["--log-period-seconds", "1000", "--evaluation.final-episodes", "2"]
 
@@ -95,3 +98,56 @@ def test_a_nan_reward_stops_the_run_with_the_step(nan_reward_env, tmp_path, caps
     assert status == 1 and summary["stopped_by"] == "non_finite"
     assert "reward nan" in summary["fault"] and "env step 116" in summary["fault"]
     assert "Traceback" not in capsys.readouterr().err
+
+
+CARTPOLE = ["cartpole", "--learner.batch-size", "16", "--replay.min-size", "100"]
+EXACT = {
+    "cartpole": [*CARTPOLE, "--replay.capacity", "600"],
+    "two shards and actors, priorities, noisy": [
+        *[*CARTPOLE, "--replay.num-shards", "2", "--replay.priority-exponent", "0.6", "--actors.num-actors", "2"],
+        *["--network.noisy-sigma", "0.5", "--replay.capacity", "800", "--actors.n-step", "5"],
+    ],
+    "implicit quantiles": [*CARTPOLE, "--network.distribution", "implicit_quantile"],
+    "pong": [
+        *["pong", "--actors.num-envs", "2", "--replay.min-size", "64", "--learner.batch-size", "8"],
+        *["--evaluation.episodes", "1", "--env.max-episode-frames", "400"],
+    ],
+}
+
+
+def left_behind(path):
+    """Everything of the last checkpoint that a further step depends on, and what the metrics said last."""
+    saved = checkpoints.read(checkpoints.paths(path / "checkpoints")[-1])
+    tensors = {f"{file}/{name}": array for file, part in saved.tensors.items() for name, array in part.items()}
+    records = {
+        (shard.name, record.first_item_id): record.message.tobytes()
+        for shard in (path / "replay").iterdir()
+        if shard.is_dir()
+        for record in ReplayLog(shard).records([])
+        if record.num_items
+    }
+    meta = {name: value for name, value in saved.meta.items() if name not in ("run", "run_counters", "replay_layout")}
+    for shard in meta["shards"]:
+        shard.pop("priorities")
+    changing = ("seconds", "fraction", "loss_mean", "resident_bytes")
+    row = {name: value for name, value in read_rows(path)[-1].items() if not any(word in name for word in changing)}
+    return tensors, records, meta, row
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_run_in_two_halves_equals_one_to_the_bit(name, tmp_path, monkeypatch):
+    """200 updates, stop, 200 more, against 400: networks, optimizer, replay, everything random, environments in mid-episode."""
+    monkeypatch.setattr(run_dir.secrets, "token_hex", lambda num_bytes: "ab" * num_bytes)  # In every message.
+    halves, whole, few = tmp_path / "halves", tmp_path / "whole", name == "pong"
+    total = 40 if few else 400
+    run_ids = ["--seed", "5"]
+    train(halves, *EXACT[name], *run_ids, "--max-updates", str(total // 2))
+    _, second = train(halves, *EXACT[name], *run_ids, "--max-updates", str(total))
+    _, straight = train(whole, *EXACT[name], *run_ids, "--max-updates", str(total))
+    assert second["params_digest"] == straight["params_digest"]
+    of_halves, of_whole = left_behind(halves), left_behind(whole)
+    assert of_halves[0].keys() == of_whole[0].keys()
+    assert [key for key, array in of_whole[0].items() if not np.array_equal(array, of_halves[0][key])] == []
+    assert of_halves[1:] == of_whole[1:]
+    assert second["ledger"] == straight["ledger"] and straight["ledger"]["balanced"]
+    assert second["evaluation"]["returns"] == straight["evaluation"]["returns"]

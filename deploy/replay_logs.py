@@ -1,0 +1,148 @@
+"""Where the logs of a run's shards are, and what a run that goes on takes of them.
+
+    RUN/replay/layout.msgpack   <shard>/*.log   <shard>/priorities-*.msgpack
+
+Logs belong to a number of shards; on another one, they are written anew. The layout file tells which writing this is, and how the
+shards stood in it: the checkpoint that a run goes on from may be of the writing before.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgpack
+
+from common.config import RunConfig
+from common.errors import UserError
+from deploy.run_dir import write_whole
+from replay_server.recovery import NO_LOG, SavedShard, catch_up, emptied, finish_move, move_into_place, rewrite, share
+from replay_server.replay_log import Damage, ReplayLog
+
+_LAYOUT = "layout.msgpack"
+
+
+class ShardStart(NamedTuple):
+    """What a shard begins with."""
+
+    directory: str | None
+    """Of its log; None: it keeps none."""
+    state: Mapping[str, Any] | None
+    """How it stood; None: it is new."""
+    keeps_samples: bool
+    """Whether what was drawn since stays drawn: the shard alone was away."""
+
+
+class ReplayLogs:
+    """The logs of one run."""
+
+    def __init__(self, run_path: Path, config: RunConfig) -> None:
+        self._root, self._config = run_path / "replay", config
+        self.layout = ""
+        """Which writing of the logs this is; a part of every checkpoint."""
+        self.notes: list[str] = []
+        """What a person should know of how the logs were found."""
+
+    def begin(self, meta: Mapping[str, Any], *, is_exact: bool = False) -> list[ShardStart]:
+        """Prepares the logs for the shards of this command; returns what each begins with.
+
+        Args:
+          meta: of the checkpoint that the run goes on from; empty for a new run.
+          is_exact: what came after the checkpoint is left out, so that it can come again.
+
+        Raises:
+          UserError: where the logs were written by a version whose format this one does not know, or cannot be written anew.
+        """
+        num_shards, is_logged = self._config.replay.num_shards, self._config.replay.sync_seconds is not None
+        finish_move(self._aside, self._root)
+        states, is_there = self._saved_states(meta)
+        if not (is_there and is_logged):
+            states = [emptied(state, NO_LOG) for state in states]
+            if len(states) not in (0, num_shards):
+                states = share(states, self._capacities)
+            shutil.rmtree(self._root, ignore_errors=True)
+            if is_logged:
+                self._make_new(states)
+            if meta:
+                self.notes.append(f"the replay begins empty: {'its log is gone' if is_logged else 'replay.sync_seconds None keeps no log'}")
+        elif len(states) != num_shards or (is_exact and self._has_more(states)):
+            states = self._rewrite(states, is_exact=is_exact)
+        return [
+            ShardStart(self.start_of(i), states[i] if states else None, keeps_samples=False) for i in range(num_shards)
+        ]
+
+    def directory(self, index: int) -> Path:
+        """Returns where the log of a shard is."""
+        return self._root / str(index)
+
+    def start_of(self, index: int) -> str | None:
+        """Returns the directory of a shard's log, or None where none is kept."""
+        return str(self.directory(index)) if self._config.replay.sync_seconds is not None else None
+
+    @property
+    def _aside(self) -> Path:
+        return self._root.with_name("replay.new")
+
+    @property
+    def _capacities(self) -> list[int]:
+        replay = self._config.replay
+        return [-(-replay.capacity // replay.num_shards)] * replay.num_shards
+
+    def _saved_states(self, meta: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+        """Returns how the shards stood, and whether their logs are there: as the checkpoint says, or where the logs were written
+        anew since, as the layout does."""
+        saved = list(meta.get("shards", []))
+        try:
+            layout = msgpack.unpackb((self._root / _LAYOUT).read_bytes())
+        except FileNotFoundError:
+            return saved, False
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._root / _LAYOUT} cannot be read: restore it, or delete {self._root} to go on without") from error
+        self.layout = layout["layout"]
+        return list(saved if layout["layout"] == meta.get("replay_layout") else layout["shards"]), bool(saved)
+
+    def _make_new(self, states: list[dict[str, Any]]) -> None:
+        for index in range(self._config.replay.num_shards):
+            self.directory(index).mkdir(parents=True)
+        self._write_layout(self._root, states)
+
+    def _write_layout(self, root: Path, states: list[dict[str, Any]]) -> None:
+        self.layout = secrets.token_hex(4)
+        write_whole(root / _LAYOUT, msgpack.packb({"layout": self.layout, "shards": states}))
+
+    def _has_more(self, states: list[dict[str, Any]]) -> bool:
+        """Whether a log holds items that came after the checkpoint."""
+        ends = [[record.end_item_id for record in ReplayLog(self.directory(i)).records([])] for i in range(len(states))]
+        return any(end and end[-1] > state["next_item_id"] for end, state in zip(ends, states, strict=True))
+
+    def _rewrite(self, states: list[dict[str, Any]], *, is_exact: bool) -> list[dict[str, Any]]:
+        """Writes all logs anew for this number of shards; returns how these stand."""
+        damages: list[Damage] = []
+        sources = []
+        for index, state in enumerate(states):
+            directory = self.directory(index)
+            caught_up = state if is_exact else catch_up(directory, state, damages, keeps_samples=False)[0]
+            name = state.get("priorities")
+            sources.append(SavedShard(directory, caught_up, ReplayLog(directory).read_priorities(name) if name else None))
+        num_shards = self._config.replay.num_shards
+        try:
+            written = rewrite(sources, self._aside, self._capacities, damages)
+            new_states = []
+            for shard in written:
+                name = ReplayLog(shard.directory).write_priorities(shard.priorities, 1) if shard.priorities is not None else None
+                new_states.append({**shard.state, "priorities": name})
+            self._write_layout(self._aside, new_states)
+            move_into_place(self._aside, self._root)
+        except OSError as error:
+            shutil.rmtree(self._aside, ignore_errors=True)
+            raise UserError(
+                f"{self._root}: its logs cannot be written anew for {num_shards} shards ({error.strerror}): free as much disk as they "
+                f"take, or go on with --replay.num-shards {len(states)}"
+            ) from error
+        self.notes += [str(damage) for damage in damages]
+        if len(states) != num_shards:
+            self.notes.append(f"the replay of {len(states)} shards is shared out to {num_shards}")
+        return new_states
