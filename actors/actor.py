@@ -23,7 +23,7 @@ from common import random_state, schedules, wire
 from common.config import ActorsConfig
 from common.errors import NonFiniteError, UserError
 from common.messages import Array, ParamsSnapshot, TransitionChunk
-from common.metrics import ActorStats
+from common.metrics import ActorStats, PushCounts
 from common.networks import QNetwork
 from common.priorities import priority
 from common.protocols import ParamsReader, ReplayWriter
@@ -92,7 +92,7 @@ class Actor:
             incarnation=incarnation,
             env_steps=env_steps,
             sent=0,
-            lost={},
+            pushed=PushCounts(),
             params_epoch=-1,
             params_version=0,
             epsilon=1.0,
@@ -140,7 +140,7 @@ class Actor:
                 return True
             chunk = self._outbox.popleft()
             self._stats.sent += chunk.num_transitions
-            self._replay.push(wire.pack(chunk), chunk.num_transitions)
+            self._replay.push(chunk)
 
     def step(self) -> None:
         """Acts once in every environment."""
@@ -192,7 +192,7 @@ class Actor:
         returns, self._returns = self._returns, []
         age = self._age_seconds / self._num_aged_steps if self._num_aged_steps else math.nan
         self._age_seconds, self._num_aged_steps = 0.0, 0
-        return replace(self._stats, returns=returns, lost=self._replay.lost(), params_age_seconds=age)
+        return replace(self._stats, returns=returns, pushed=self._replay.counts(), params_age_seconds=age)
 
     def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Returns all that a restart needs to go on with the very same bits: arrays by name, and plain values.

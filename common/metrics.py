@@ -11,6 +11,16 @@ from typing import Literal
 
 
 @dataclass(kw_only=True, slots=True)
+class PushCounts:
+    """What became of the transitions that one incarnation sent; those that no shard has answered for yet are in none of them."""
+
+    inserted: int = 0
+    refused: int = 0
+    lost: dict[str, int] = field(default_factory=dict)
+    """By cause."""
+
+
+@dataclass(kw_only=True, slots=True)
 class ActorStats:
     """Counts of one incarnation since its start; `returns` only of episodes since the last report."""
 
@@ -20,7 +30,8 @@ class ActorStats:
     """Transitions of all incarnations of the slot: resets are not counted."""
     sent: int
     """Transitions sent by this incarnation."""
-    lost: dict[str, int]
+    pushed: PushCounts
+    """What became of them."""
     params_epoch: int
     params_version: int
     epsilon: float

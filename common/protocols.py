@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from common.messages import Array
+from common.messages import Array, TransitionChunk
+from common.metrics import PushCounts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +48,11 @@ class ReplayWriter(Protocol):
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         """Returns None as soon as a chunk may be pushed, or after the timeout the sentence who waits for what."""
 
-    def push(self, message: Array, num_transitions: int) -> None:
-        """Sends a packed TransitionChunk to one shard. Call it after `wait_until_ready` said None."""
+    def push(self, chunk: TransitionChunk) -> None:
+        """Sends a chunk to one shard. Call it after `wait_until_ready` said None."""
 
-    def lost(self) -> dict[str, int]:
-        """Transitions that were sent and never answered for, by cause."""
+    def counts(self) -> PushCounts:
+        """Returns what became of what was sent, a copy."""
 
     def drain(self, timeout_seconds: float) -> None:
         """Waits for all answers; what is not answered in time counts as lost."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import psutil
 
+from common import wire
 from common.config import (
     MAX_PREFETCH_THREADS,
     ActorsConfig,
@@ -31,8 +32,8 @@ from common.config import (
     RunConfig,
 )
 from common.errors import UserError
-from common.messages import Array
-from common.metrics import ShardStats
+from common.messages import Array, TransitionChunk
+from common.metrics import PushCounts, ShardStats
 from common.protocols import InsertReply, ReplayReader, SampleReply
 from deploy import roles
 from deploy.run_dir import hardware, versions
@@ -181,12 +182,12 @@ class _Recorder:
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         return None
 
-    def push(self, message: Array, num_transitions: int) -> None:
-        self.messages.append(message)
-        self.num_transitions += num_transitions
+    def push(self, chunk: TransitionChunk) -> None:
+        self.messages.append(wire.pack(chunk))
+        self.num_transitions += chunk.num_transitions
 
-    def lost(self) -> dict[str, int]:
-        return {}
+    def counts(self) -> PushCounts:
+        return PushCounts()
 
     def drain(self, timeout_seconds: float) -> None:
         pass
@@ -336,7 +337,6 @@ class DroppingConsumer(Consumer):
                 reader.request(num_items)
 
     def _draw(self) -> None:
-        from common import wire
         from common.messages import PriorityUpdate, SampleBatch
 
         for reader, num_items in zip(self._readers, self._shares, strict=True):

@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from common.metrics import ShardStats
+from common.metrics import PushCounts, ShardStats
+
+_FORGOTTEN = "inserted, and not in the log of a shard that died"
 
 
 class Ledger:
@@ -19,42 +21,56 @@ class Ledger:
 
     def __init__(self) -> None:
         self._sent: dict[tuple[int, int], int] = defaultdict(int)
-        self._lost: dict[tuple[int, int], dict[str, int]] = {}
+        self._pushed: dict[tuple[int, int], PushCounts] = {}
         self._died: set[tuple[int, int]] = set()
 
-    def report(self, slot: int, incarnation: int, sent: int, lost: dict[str, int]) -> None:
+    def report(self, slot: int, incarnation: int, sent: int, pushed: PushCounts) -> None:
         """Takes the newest counts of one incarnation."""
         self._sent[slot, incarnation] = sent
-        self._lost[slot, incarnation] = dict(lost)
+        self._pushed[slot, incarnation] = pushed
 
     def died(self, slot: int, incarnation: int) -> None:
         """Notes that an incarnation will report no more."""
         self._died.add((slot, incarnation))
 
     def balance(self, shards: Sequence[ShardStats]) -> dict[str, Any]:
-        """Returns the ledger of summary.json, in transitions; `balanced` says whether both equations hold."""
+        """Returns the ledger of summary.json, in transitions.
+
+        `balanced` says whether all of this holds: every incarnation that lives to tell sent what was inserted, refused or lost; what
+        shards have in their books of all senders is what they hold, have evicted or have lost; and inserted = resident + evicted.
+        """
         inserted: dict[tuple[int, int], int] = defaultdict(int)
         refused: dict[tuple[int, int], int] = defaultdict(int)
         sent = dict(self._sent)
+        lost: dict[str, int] = defaultdict(int)
         for shard in shards:
             for sender, count in shard.senders.items():
                 inserted[sender] += count.inserted
                 refused[sender] += count.refused
                 sent[sender] = max(sent.get(sender, 0), count.sent)
-        lost: dict[str, int] = defaultdict(int)
+            for cause, number in shard.lost.items():
+                lost[cause] += number
+        in_books = sum(inserted.values()) == sum(shard.num_inserted + sum(shard.lost.values()) for shard in shards)
+        is_balanced = in_books
+        num_refused = 0
         for sender in sent:
-            by_cause = self._lost.get(sender, {})
-            for cause, number in by_cause.items():
+            pushed = self._pushed.get(sender, PushCounts())
+            num_lost = sum(pushed.lost.values())
+            for cause, number in pushed.lost.items():
                 lost[cause] += number
             if sender in self._died or sender not in self._sent:
                 cause = "actor died" if sender in self._died else "on its way when an earlier command ended"
-                lost[cause] += sent[sender] - inserted[sender] - refused[sender] - sum(by_cause.values())
-        for shard in shards:
-            for cause, number in shard.lost.items():
-                lost[cause] += number
-        num_sent, num_refused = sum(sent.values()), sum(refused.values())
-        num_inserted = sum(shard.num_inserted for shard in shards)
+                lost[cause] += sent[sender] - inserted[sender] - refused[sender] - num_lost
+                num_refused += refused[sender]
+            else:
+                lost[_FORGOTTEN] += pushed.inserted - inserted[sender]
+                num_refused += pushed.refused
+                is_balanced &= (
+                    sent[sender] == pushed.inserted + pushed.refused + num_lost and pushed.inserted >= inserted[sender]
+                )
+        num_sent, num_inserted = sum(sent.values()), sum(shard.num_inserted for shard in shards)
         resident, evicted = sum(shard.size for shard in shards), sum(shard.num_evicted for shard in shards)
+        is_balanced &= num_sent == num_inserted + num_refused + sum(lost.values()) and num_inserted == resident + evicted
         return {
             "sent": num_sent,
             "inserted": num_inserted,
@@ -62,5 +78,5 @@ class Ledger:
             "lost": {cause: number for cause, number in lost.items() if number},
             "resident": resident,
             "evicted": evicted,
-            "balanced": num_sent == num_inserted + num_refused + sum(lost.values()) and num_inserted == resident + evicted,
+            "balanced": is_balanced,
         }

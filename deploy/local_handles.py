@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import replace
 
-from common.messages import Array
+from common import wire
+from common.messages import Array, TransitionChunk
+from common.metrics import PushCounts
 from common.protocols import ReplayShardApi, SampleReply
 from deploy.params_store import ParamsStore
 
@@ -17,19 +20,22 @@ class LocalReplayWriter:
         self._shards = shards
         self.next_shard = next_shard
         """Whose turn it is."""
+        self._counts = PushCounts()
 
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         sentences = [shard.ask_to_insert() for shard in self._shards]
         return None if None in sentences else sentences[0]
 
-    def push(self, message: Array, num_transitions: int) -> None:
+    def push(self, chunk: TransitionChunk) -> None:
         while self._shards[self.next_shard].ask_to_insert() is not None:
             self.next_shard = (self.next_shard + 1) % len(self._shards)
-        self._shards[self.next_shard].insert(message)
+        reply = self._shards[self.next_shard].insert(wire.pack(chunk))
+        self._counts.inserted += reply.num_inserted
+        self._counts.refused += reply.num_refused
         self.next_shard = (self.next_shard + 1) % len(self._shards)
 
-    def lost(self) -> dict[str, int]:
-        return {}
+    def counts(self) -> PushCounts:
+        return replace(self._counts)
 
     def drain(self, timeout_seconds: float) -> None:
         pass

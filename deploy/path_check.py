@@ -15,8 +15,8 @@ from actors.environments import VectorEnvironment
 from actors.oracle import RawLog, Rules, TransitionOracle
 from common import wire
 from common.config import ActorsConfig, NetworkConfig
-from common.messages import Array, PriorityUpdate, SampleBatch, TransitionChunk
-from common.metrics import ShardStats
+from common.messages import PriorityUpdate, SampleBatch, TransitionChunk
+from common.metrics import PushCounts, ShardStats
 from common.networks import make_network
 from common.planes import decode_planes
 from deploy.local_handles import LocalParams
@@ -143,17 +143,16 @@ class _Reader:
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         return None
 
-    def lost(self) -> dict[str, int]:
-        return {}
+    def counts(self) -> PushCounts:
+        return PushCounts()
 
     def drain(self, timeout_seconds: float) -> None:
         pass
 
-    def push(self, message: Array, num_transitions: int) -> None:
+    def push(self, chunk: TransitionChunk) -> None:
         """Inserts the chunk and reads its items back; all that are resident once in a while."""
-        priorities = wire.unpack(message, TransitionChunk).priority.tolist()
-        assert len(priorities) == num_transitions
-        reply = self._shard.insert(message)
+        priorities = chunk.priority.tolist()
+        reply = self._shard.insert(wire.pack(chunk))
         if reply.refusal is not None:
             self._fault("refused", f"replay refused a chunk: {reply.refusal}")
             return

@@ -87,7 +87,7 @@ class Progress:
         self.actors[stats.slot] = stats
         self.env_steps_of[stats.slot] = stats.env_steps
         self.returns.extend(stats.returns)
-        self.ledger.report(stats.slot, stats.incarnation, stats.sent, stats.lost)
+        self.ledger.report(stats.slot, stats.incarnation, stats.sent, stats.pushed)
         self._params_watch.on_actor(time.monotonic(), stats.slot, stats.incarnation, (stats.params_epoch, stats.params_version))
         if stats.params_epoch in (-1, self.epoch):  # Versions of two epochs are not so many updates apart.
             self._params_lag_updates[stats.slot] = max(self.updates - stats.params_version, 0)  # The learner reported earlier.

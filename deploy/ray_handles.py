@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections import defaultdict, deque
+from collections import deque
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-from common.messages import Array
+from common import wire
+from common.messages import Array, TransitionChunk
+from common.metrics import PushCounts
 from common.protocols import InsertReply, SampleReply
 
 _POLL_SECONDS = 0.02
@@ -60,21 +63,31 @@ class Worker:
         return getattr(self._role, method)(*args, **named)
 
 
+class _Sent(NamedTuple):
+    """A chunk that is on its way."""
+
+    shard: int
+    num_transitions: int
+    identity: tuple[int, int, int]
+    """(actor slot, incarnation, seq)."""
+
+
 class RayReplayWriter:
     """An actor's way to all shards: bounded chunks in flight, in turn to those shards that ask for no pause.
 
-    A chunk whose shard dies before it answers is lost, and counted by cause: it is not sent again, since the shard may have
-    taken it.
+    A chunk whose shard dies before it answers is not sent again, since the shard may have taken it: when the shard is back it is
+    asked, and what it has not is lost, counted by cause.
     """
 
     def __init__(self, shards: list[Any], max_in_flight: int, first_shard: int) -> None:
         self._shards = shards
+        self._unknown: list[_Sent] = []  # Whose shards died before they answered.
         self._max_in_flight = max_in_flight
         self._next = first_shard % len(shards)
-        self._in_flight: dict[Any, tuple[int, int]] = {}  # Reference: (shard, transitions).
+        self._in_flight: dict[Any, _Sent] = {}  # By reference.
         self._waits_for: list[str | None] = [None] * len(shards)
         self._ask_again_at = [0.0] * len(shards)
-        self._lost: dict[str, int] = defaultdict(int)
+        self._counts = PushCounts()
 
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         deadline = time.monotonic() + timeout_seconds
@@ -92,24 +105,28 @@ class RayReplayWriter:
             elif not self._ask_shards(rest):
                 time.sleep(min(_POLL_SECONDS, rest))
 
-    def push(self, message: Array, num_transitions: int) -> None:
+    def push(self, chunk: TransitionChunk) -> None:
         while self._waits_for[self._next] is not None:
             self._next = (self._next + 1) % len(self._shards)
-        reference = self._shards[self._next].call.remote("insert", message)
-        self._in_flight[reference] = (self._next, num_transitions)
+        reference = self._shards[self._next].call.remote("insert", wire.pack(chunk))
+        identity = (chunk.actor_slot, chunk.incarnation, chunk.seq)
+        self._in_flight[reference] = _Sent(self._next, chunk.num_transitions, identity)
         self._next = (self._next + 1) % len(self._shards)
 
-    def lost(self) -> dict[str, int]:
-        return dict(self._lost)
+    def counts(self) -> PushCounts:
+        return replace(self._counts, lost=dict(self._counts.lost))
 
     def drain(self, timeout_seconds: float) -> None:
         """Waits for the answers to all chunks in flight; those that do not come in time are counted as lost."""
         deadline = time.monotonic() + timeout_seconds
         while self._in_flight and (rest := deadline - time.monotonic()) > 0:
             self._collect(rest)
-        for _, num_transitions in self._in_flight.values():
-            self._lost["unanswered at the end"] += num_transitions
+        for shard in {sent.shard for sent in self._unknown}:
+            self._settle_unknown(shard, max(deadline - time.monotonic(), 1.0))
+        for sent in (*self._in_flight.values(), *self._unknown):
+            self._lose("unanswered at the end", sent.num_transitions)
         self._in_flight.clear()
+        self._unknown.clear()
 
     def _collect(self, timeout_seconds: float) -> None:
         """Takes in answers that are there, waiting for one at most so long."""
@@ -120,17 +137,44 @@ class RayReplayWriter:
         if not ready and timeout_seconds > 0:
             ready, _ = ray.wait(references, num_returns=1, timeout=timeout_seconds)
         for reference in ready:
-            shard, num_transitions = self._in_flight.pop(reference)
+            sent = self._in_flight.pop(reference)
+            shard = sent.shard
             try:
                 reply: InsertReply = ray.get(reference, timeout=10)
-                unread = num_transitions - reply.num_inserted - reply.num_refused
-                if unread:
-                    self._lost[f"shard {shard} could not read a chunk"] += unread
+                self._counts.inserted += reply.num_inserted
+                self._counts.refused += reply.num_refused
+                self._lose(
+                    f"shard {shard} could not read a chunk", sent.num_transitions - reply.num_inserted - reply.num_refused
+                )
                 self._waits_for[shard] = reply.waits_for
                 self._ask_again_at[shard] = time.monotonic() + _POLL_SECONDS
             except RayError as error:
-                self._lost[f"shard {shard}: {type(error).__name__}"] += num_transitions
+                if isinstance(error, RayTaskError) and isinstance(error.cause, NotBuiltError):
+                    self._lose(f"shard {shard} was away", sent.num_transitions)
+                else:
+                    self._unknown.append(sent)
                 self._mark_away(shard)
+
+    def _settle_unknown(self, shard: int, timeout_seconds: float) -> None:
+        """Asks a shard that is back which of the chunks that it had not answered for it has."""
+        asked = [sent for sent in self._unknown if sent.shard == shard]
+        if not asked:
+            return
+        try:
+            call = self._shards[shard].call.remote("has_chunks", [sent.identity for sent in asked])
+            answers = ray.get(call, timeout=timeout_seconds)
+        except RayError:
+            return
+        self._unknown = [sent for sent in self._unknown if sent.shard != shard]
+        for sent, is_there in zip(asked, answers, strict=True):
+            if is_there:
+                self._counts.inserted += sent.num_transitions
+            else:
+                self._lose(f"shard {shard} died", sent.num_transitions)
+
+    def _lose(self, cause: str, num_transitions: int) -> None:
+        if num_transitions:
+            self._counts.lost[cause] = self._counts.lost.get(cause, 0) + num_transitions
 
     def _ask_shards(self, timeout_seconds: float) -> bool:
         """Asks paused shards whose time has come whether they take more; returns whether any was asked."""
@@ -140,6 +184,7 @@ class RayReplayWriter:
             try:
                 self._waits_for[shard] = ray.get(self._shards[shard].call.remote("ask_to_insert"), timeout=timeout_seconds)
                 self._ask_again_at[shard] = time.monotonic() + _POLL_SECONDS
+                self._settle_unknown(shard, timeout_seconds)
             except GetTimeoutError:
                 self._waits_for[shard] = f"actors wait for shard {shard} to answer"
             except RayError:

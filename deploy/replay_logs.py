@@ -67,12 +67,12 @@ class ReplayLogs:
             if is_logged:
                 self._make_new(states)
             if meta:
-                self.notes.append(f"the replay begins empty: {'its log is gone' if is_logged else 'replay.sync_seconds None keeps no log'}")
+                self.notes.append(
+                    f"the replay begins empty: {'its log is gone' if is_logged else 'replay.sync_seconds None keeps no log'}"
+                )
         elif len(states) != num_shards or (is_exact and self._has_more(states)):
             states = self._rewrite(states, is_exact=is_exact)
-        return [
-            ShardStart(self.start_of(i), states[i] if states else None, keeps_samples=False) for i in range(num_shards)
-        ]
+        return [ShardStart(self.start_of(i), states[i] if states else None, keeps_samples=False) for i in range(num_shards)]
 
     def directory(self, index: int) -> Path:
         """Returns where the log of a shard is."""
@@ -100,7 +100,9 @@ class ReplayLogs:
         except FileNotFoundError:
             return saved, False
         except (OSError, ValueError) as error:
-            raise UserError(f"{self._root / _LAYOUT} cannot be read: restore it, or delete {self._root} to go on without") from error
+            raise UserError(
+                f"{self._root / _LAYOUT} cannot be read: restore it, or delete {self._root} to go on without"
+            ) from error
         self.layout = layout["layout"]
         return list(saved if layout["layout"] == meta.get("replay_layout") else layout["shards"]), bool(saved)
 
@@ -132,7 +134,9 @@ class ReplayLogs:
             written = rewrite(sources, self._aside, self._capacities, damages)
             new_states = []
             for shard in written:
-                name = ReplayLog(shard.directory).write_priorities(shard.priorities, 1) if shard.priorities is not None else None
+                name = (
+                    ReplayLog(shard.directory).write_priorities(shard.priorities, 1) if shard.priorities is not None else None
+                )
                 new_states.append({**shard.state, "priorities": name})
             self._write_layout(self._aside, new_states)
             move_into_place(self._aside, self._root)

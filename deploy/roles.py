@@ -65,7 +65,9 @@ def make_shard(
     records = log.open(damages) if log is not None else iter(())
     if state is not None:
         state = state if log is not None else emptied(state, NO_LOG)
-        shard.restore(records, state, log.read_priorities(state["priorities"]) if log is not None and state["priorities"] else None)
+        shard.restore(
+            records, state, log.read_priorities(state["priorities"]) if log is not None and state["priorities"] else None
+        )
     else:
         assert next(records, None) is None, "a new shard begins with an empty log"
     if log is not None and config.replay.sync_seconds is not None and not config.serial:

@@ -127,9 +127,7 @@ def _make(
     saved = checkpoints.read(run_dir.checkpoint) if run_dir.checkpoint is not None else None
     checkpoint = str(run_dir.checkpoint) if run_dir.checkpoint is not None else None
     path, params = str(run_dir.path), LocalParams(store)
-    learner = roles.make_learner(
-        config, spec, run, path, epoch, checkpoint, threads, readers, params, publishes=not is_exact
-    )
+    learner = roles.make_learner(config, spec, run, path, epoch, checkpoint, threads, readers, params, publishes=not is_exact)
     writers = [LocalReplayWriter(list(shards)) for _ in range(config.actors.num_actors)]
     actors = []
     for slot, writer in enumerate(writers):

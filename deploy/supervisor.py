@@ -196,7 +196,9 @@ class Supervisor:
         shards = self._progress.shards
         size = sum(shard.size for shard in shards)
         lost = [f"{number:,} {cause}" for shard in shards for cause, number in shard.lost.items()]
-        self._recorder.event(f"{size:,} transitions are back in {len(shards)} shards; lost since the run began: {', '.join(lost) or 'none'}")
+        self._recorder.event(
+            f"{size:,} transitions are back in {len(shards)} shards; lost since the run began: {', '.join(lost) or 'none'}"
+        )
 
     def _learner_names(self) -> list[str]:
         ranks = range(self._config.learner.num_devices)

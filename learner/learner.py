@@ -209,7 +209,9 @@ class Learner:
             "target": self._target.state_dict(),
             "optimizer": _optimizer_tensors(self._optimizer),
         }
-        saved = checkpoints.Checkpoint(tensors={name: _to_numpy(part) for name, part in state.items()} | dict(tensors), meta=meta)
+        saved = checkpoints.Checkpoint(
+            tensors={name: _to_numpy(part) for name, part in state.items()} | dict(tensors), meta=meta
+        )
         directory, kept = self._run_dir / "checkpoints", self._config.checkpoints_kept
         self._saving = self._saver.submit(checkpoints.write, directory, self.updates, saved, kept=kept)
 

@@ -64,12 +64,15 @@ def catch_up(
         if record.first_item_id >= state["next_item_id"]:
             _count(state, wire.unpack(record.message, TransitionChunk), record)
     limiter = state["limiter"]
+    state["priorities"] = saved.get("priorities")
     if keeps_samples:
         del state["rng"]  # What it drew since is not to be drawn again.
     else:
         state["rng"], limiter["num_sampled"] = saved["rng"], saved["limiter"]["num_sampled"]
     state["oldest_item_id"] = max(state["oldest_item_id"], state["next_item_id"] - state["capacity"])
-    is_whole = not has_gap and (saved["next_item_id"] == saved["oldest_item_id"] if expected is None else expected >= saved["next_item_id"])
+    is_whole = not has_gap and (
+        saved["next_item_id"] == saved["oldest_item_id"] if expected is None else expected >= saved["next_item_id"]
+    )
     return state, is_whole
 
 
@@ -88,7 +91,7 @@ def recover(
     caught_up, is_whole = catch_up(directory, state, damages, keeps_samples=keeps_samples)
     if is_whole:
         return caught_up
-    name = state["priorities"]
+    name = caught_up["priorities"]
     saved = SavedShard(directory, caught_up, ReplayLog(directory).read_priorities(name) if name else None)
     (written,) = rewrite([saved], aside, [capacity], [])
     name = ReplayLog(written.directory).write_priorities(written.priorities, 1) if written.priorities is not None else None
@@ -296,7 +299,9 @@ def _shared_limiter(states: Sequence[Mapping[str, Any]], num: int) -> list[dict[
         missing += max(-since, 0)
         if ratio is not None and since >= 0:
             balance += state["num_sampled"] - (state["_due_then"] + since * ratio)
-    total = {name: sum(state[name] for state in states) for name in ("min_size", "buffer_samples", "num_inserted", "num_sampled")}
+    total = {
+        name: sum(state[name] for state in states) for name in ("min_size", "buffer_samples", "num_inserted", "num_sampled")
+    }
     shared = []
     for index in range(num):
         num_inserted, num_sampled = (

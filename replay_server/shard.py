@@ -6,9 +6,10 @@ it; it never sleeps, and imports neither torch nor ray nor an environment.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -31,6 +32,7 @@ _MOST_SEGMENTS = 64  # Where they may be smaller: to make room, the items of a w
 _MAX_SEGMENT_BYTES = 4 << 20
 _MIN_SEGMENT_BYTES = 128 << 10
 _GOOD_SEGMENT_BYTES = 512 << 10  # Holds the largest chunk of planes that do not compress, with its history.
+_NUM_RECENT = 64  # More than an actor has in flight.
 _COUNTS = ("_num_refused_chunks", "_num_stale_priority_updates", "_num_priority_updates")
 
 
@@ -90,6 +92,7 @@ class ReplayShard:
         self._last_refusal: str | None = None
         self._starves = False  # Whether the budget evicted items before there were enough to sample.
         self._senders: dict[tuple[int, int], SenderCount] = defaultdict(SenderCount)
+        self._recent: dict[tuple[int, int], deque[int]] = defaultdict(partial(deque, maxlen=_NUM_RECENT))
 
     @property
     def size(self) -> int:
@@ -117,6 +120,10 @@ class ReplayShard:
         self._count(chunk, inserted=chunk.num_transitions, refused=0)
         self._limiter.num_inserted += chunk.num_transitions
         return InsertReply(num_inserted=chunk.num_transitions, num_refused=0, refusal=None, waits_for=self.ask_to_insert())
+
+    def has_chunks(self, identities: Sequence[tuple[int, int, int]]) -> list[bool]:
+        """Returns whether this shard inserted each chunk of (actor slot, incarnation, seq); it knows the last 64 of each sender."""
+        return [seq in self._recent[slot, incarnation] for slot, incarnation, seq in identities]
 
     def ask_to_insert(self) -> str | None:
         """Returns None where actors may push, else the sentence whom they wait for; from then on they count as waiting."""
@@ -249,6 +256,7 @@ class ReplayShard:
             chunk = wire.unpack(record.message, TransitionChunk)
             self._check_fits(chunk)
             self._append(chunk)
+            self._recent[chunk.actor_slot, chunk.incarnation].append(chunk.seq)
         if is_first:
             self._oldest_item_id = self._next_item_id = state["next_item_id"]
         self._evict_before(min(state["oldest_item_id"], self._next_item_id))
@@ -414,6 +422,8 @@ class ReplayShard:
         count.inserted += inserted
         count.refused += refused
         count.sent = max(count.sent, chunk.num_sent_before + chunk.num_transitions)
+        if inserted:
+            self._recent[chunk.actor_slot, chunk.incarnation].append(chunk.seq)
 
 
 def min_memory(capacity: int, frame_stack: int, *, prioritized: bool) -> int:

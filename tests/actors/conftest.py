@@ -17,6 +17,7 @@ from common import params as params_module
 from common import wire
 from common.config import ActorsConfig, ExplorationConfig, NetworkConfig
 from common.messages import ParamsSnapshot, TransitionChunk
+from common.metrics import PushCounts
 from common.networks import make_network
 from common.planes import decode_planes
 from common.protocols import InsertReply
@@ -135,17 +136,17 @@ class RecordingWriter:
         self._may_push = answer is None
         return answer
 
-    def push(self, message, num_transitions: int) -> None:
+    def push(self, chunk) -> None:
         assert self._may_push, "pushed without being told that replay is ready"
         self._may_push = False
         self._tape.append("push")
-        assert wire.unpack(message, TransitionChunk).num_transitions == num_transitions
+        message = wire.pack(chunk)
         self.messages.append(message)
         if self._shard is not None:
             self.replies.append(self._shard.insert(message))
 
-    def lost(self) -> dict[str, int]:
-        return {}
+    def counts(self) -> PushCounts:
+        return PushCounts()
 
     def drain(self, timeout_seconds: float) -> None:
         self._tape.append("drain")

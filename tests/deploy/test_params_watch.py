@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from common.metrics import ActorStats, LearnerStats
+from common.metrics import ActorStats, LearnerStats, PushCounts
 from deploy import progress as progress_module
 from deploy import recipes
 from deploy.params_watch import ParamsWatch
@@ -132,7 +132,7 @@ def actor_stats(slot, version, **fields):
         incarnation=0,
         env_steps=10,
         sent=0,
-        lost={},
+        pushed=PushCounts(),
         params_epoch=epoch,
         params_version=version,
         epsilon=0.1,

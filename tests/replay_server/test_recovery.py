@@ -127,7 +127,15 @@ def test_a_shard_that_was_away_goes_on_as_if_it_had_not_been(tmp_path, feed, pri
 
 
 def vars_of(shard_stats):
-    names = ("size", "num_inserted", "num_evicted", "num_sampled", "num_priority_updates", "num_stale_priority_updates", "senders")
+    names = (
+        "size",
+        "num_inserted",
+        "num_evicted",
+        "num_sampled",
+        "num_priority_updates",
+        "num_stale_priority_updates",
+        "senders",
+    )
     return {name: getattr(shard_stats, name) for name in names}
 
 
@@ -182,7 +190,7 @@ def test_without_a_log_only_the_accounts_come_back(tmp_path, feed):
     feed([shard], 40)
     learn(shard, 5)
     saved = shard.state()
-    empty, log = make_shard(None)
+    empty, _ = make_shard(None)
     assert empty.restore([], saved | {"oldest_item_id": saved["next_item_id"]}, None) == 0
     assert empty.stats().num_inserted == shard.stats().num_inserted == empty.stats().num_evicted
     assert empty._limiter.due() == shard._limiter.due()
@@ -231,9 +239,7 @@ def test_items_and_priorities_survive_two_three_and_one_shards(tmp_path, feed):
         sources.append(SavedShard(tmp_path / "a" / str(i), caught_up, priorities))
     for name, num in (("b", 3), ("c", 1)):
         sources = rewrite(sources, tmp_path / name, [300 // num] * num, damages, segment_bytes=SEGMENT_BYTES)
-        moved = [
-            recovered(one.directory, one.state, one.priorities, index=i, **shares(num)) for i, one in enumerate(sources)
-        ]
+        moved = [recovered(one.directory, one.state, one.priorities, index=i, **shares(num)) for i, one in enumerate(sources)]
         assert contents(*moved) == expected and not damages
         assert (sum(one.stats().num_inserted for one in moved), sum(one.stats().num_evicted for one in moved)) == ledger
         assert sum(one._limiter.due() - one._limiter.num_sampled for one in moved) == pytest.approx(owed)
