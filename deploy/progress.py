@@ -164,6 +164,12 @@ class Progress:
         sentences += [self.learner.waits_for] if self.learner and self.learner.waits_for else []
         return sorted(set(sentences))
 
+    def replay_sentence(self) -> str:
+        """Returns what came back of the replay."""
+        size = sum(shard.size for shard in self.shards)
+        lost = [f"{number:,} {cause}" for shard in self.shards for cause, number in shard.lost.items()]
+        return f"{size:,} transitions are back in the replay; lost since the run began: {', '.join(lost) or 'none'}"
+
     def row(self) -> dict[str, Any]:
         """Returns one flat row of metrics; rates are since the row before."""
         seconds = self.wall_seconds

@@ -122,6 +122,9 @@ def _make(
     shards = [roles.make_shard(config, spec, run, i, epoch, start, notes) for i, start in enumerate(starts)]
     for note in notes:
         recorder.event(note)
+    progress.shards = [shard.stats() for shard in shards]
+    if run_dir.meta:
+        recorder.event(progress.replay_sentence())
     store = ParamsStore()
     readers = [LocalReplayReader(shard) for shard in shards]
     saved = checkpoints.read(run_dir.checkpoint) if run_dir.checkpoint is not None else None

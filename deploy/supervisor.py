@@ -145,7 +145,7 @@ class Supervisor:
             self._note_worker(name, address)
         self._read_shards()
         if self._run_dir.meta:
-            self._tell_of_replay()
+            self._recorder.event(self._progress.replay_sentence())
         self._save()  # So that from here on there is always one to go on from.
         self._start_learners()
 
@@ -190,15 +190,6 @@ class Supervisor:
         epoch = 1_000 * self._progress.epoch + self._shard_restarts[index]
         arguments = (self._config, self._spec, self._run_dir.run, index, epoch, start)
         return self._shards[index].build.options(max_task_retries=-1).remote(roles.make_shard, *arguments)
-
-    def _tell_of_replay(self) -> None:
-        """Says what came back of the replay, and what did not."""
-        shards = self._progress.shards
-        size = sum(shard.size for shard in shards)
-        lost = [f"{number:,} {cause}" for shard in shards for cause, number in shard.lost.items()]
-        self._recorder.event(
-            f"{size:,} transitions are back in {len(shards)} shards; lost since the run began: {', '.join(lost) or 'none'}"
-        )
 
     def _learner_names(self) -> list[str]:
         ranks = range(self._config.learner.num_devices)

@@ -15,7 +15,7 @@ from deploy import run_dir as run_dirs
 from deploy.human_scores import human_normalized_score
 from deploy.outcome import Outcome
 from deploy.plan import check_learner, check_memory, plan_cpus
-from deploy.plots import draw_learning_curve
+from deploy.plots import draw_learning_curve, read_rows
 from deploy.progress import Progress
 from deploy.protocol_card import make_card
 from deploy.recorder import Recorder
@@ -90,9 +90,13 @@ def _announce(recorder: Recorder, run_dir: run_dirs.RunDirectory, progress: Prog
     if run_dir.checkpoint is None:
         recorder.event(f"new run in {run_dir.path}")
         return
-    recorder.event(
-        f"continuing {run_dir.path} from update {progress.updates:,} and env step {progress.env_steps:,}; the replay begins empty"
+    rows = read_rows(run_dir.path) if (run_dir.path / "metrics.jsonl").exists() else []
+    last = rows[-1] if rows else {}
+    updates, steps = (
+        max(last.get(name, 0) - now, 0) for name, now in (("updates", progress.updates), ("env_steps", progress.env_steps))
     )
+    after = f"; {updates:,} updates and {steps:,} env steps came after that checkpoint" if updates or steps else ""
+    recorder.event(f"continuing {run_dir.path} from update {progress.updates:,} and env step {progress.env_steps:,}{after}")
     for change in run_dir.changed:
         recorder.event(f"changed since the last command: {change}")
 
