@@ -156,9 +156,7 @@ def pong() -> RunConfig:
     return RunConfig(
         recipe="pong",
         env=EnvConfig(game="pong", frame_stack=4),
-        network=NetworkConfig(
-            torso="dqn2013", hidden_sizes=(256,), layer_norm=True, distribution="quantile", num_quantiles=32
-        ),
+        network=NetworkConfig(torso="dqn2013", hidden_sizes=(256,), layer_norm=True, distribution="quantile", num_quantiles=32),
         actors=ActorsConfig(
             num_actors=1,
             num_envs=8,
