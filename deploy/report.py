@@ -150,7 +150,7 @@ class _Videos:
                 self._left_bytes -= len(data)
                 uri = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
                 picture = still(path)
-                poster = picture and f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+                poster = None if picture is None else f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
         except UserError as error:
             note = f"no video: {error}"
         return Video(game=group.game, letter=group.letter, index=group.index, uri=uri, poster=poster, note=note)

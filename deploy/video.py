@@ -56,7 +56,7 @@ def still(path: Path) -> bytes | None:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             container.seek((container.duration or 0) // 2)
-            picture = next(container.decode(stream)).to_image()
+            picture = next(container.decode(stream)).to_image()  # type: ignore[no-untyped-call]
     except (av.FFmpegError, IndexError, StopIteration):
         return None
     data = io.BytesIO()
