@@ -137,8 +137,10 @@ class _Videos:
         self._files = files
 
     def of(self, group: Group) -> Video:
+        from deploy.video import still
+
         run = group.runs[0]
-        uri = None
+        uri = poster = None
         try:
             path, note = self._find(group, run)
             data = path.read_bytes()
@@ -147,9 +149,11 @@ class _Videos:
             else:
                 self._left_bytes -= len(data)
                 uri = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
+                picture = still(path)
+                poster = None if picture is None else f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
         except UserError as error:
             note = f"no video: {error}"
-        return Video(game=group.game, letter=group.letter, index=group.index, uri=uri, note=note)
+        return Video(game=group.game, letter=group.letter, index=group.index, uri=uri, poster=poster, note=note)
 
     def _find(self, group: Group, run: Run) -> tuple[Path, str]:
         """Returns a video and what it shows: the newest in the run directory, else one recorded now."""

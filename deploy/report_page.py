@@ -33,6 +33,8 @@ class Video:
     letter: str
     index: int
     uri: str | None
+    poster: str | None
+    """A picture of it, which the page shows before it is played; None where it cannot be decoded."""
     note: str
 
 

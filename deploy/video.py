@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 from collections.abc import Iterator
@@ -47,6 +48,20 @@ def record(
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
         container.mux(stream.encode())
     return total
+
+
+def still(path: Path) -> bytes | None:
+    """Returns a JPEG from the middle of a video; None where it cannot be decoded."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            container.seek((container.duration or 0) // 2)
+            picture = next(container.decode(stream)).to_image()  # type: ignore[no-untyped-call]
+    except (av.FFmpegError, IndexError, StopIteration):
+        return None
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=80)
+    return data.getvalue()
 
 
 def _play(config: EnvConfig, network: QNetwork, epsilon: float, seed: int) -> Iterator[tuple[Array, float]]:

@@ -485,6 +485,8 @@ def test_a_real_run_is_reported_with_a_video_of_its_last_checkpoint(tmp_path):
     assert cli.main([*words, "--log-period-seconds", "1000"]) == 0
     page = reporting(tmp_path, [run], "--video")
     (video,) = re.findall(r"data:video/mp4;base64,([^\"]+)", page)
+    (poster,) = re.findall(r'poster="data:image/jpeg;base64,([^"]+)"', page)
+    assert base64.b64decode(poster).startswith(b"\xff\xd8\xff")
     assert base64.b64decode(video)[4:8] == b"ftyp"
     assert "Played by the last checkpoint of run (seed 0, update 5" in page
     assert [path.name for path in (tmp_path / "page").glob("*.mp4")] == ["GridWorld-v0-A-seed0.mp4"]

@@ -1,6 +1,9 @@
 """A video is one whole episode, in colour, that a player can decode."""
 
+import io
+
 import av
+import numpy as np
 import pytest
 
 from actors.environments import probe
@@ -38,3 +41,12 @@ def test_record_writes_one_picture_a_step(tmp_path, monkeypatch, config, torso, 
     assert len(frames) == len(steps) > 1
     assert frames[0].shape == (*size, 3)
     assert any((frame != frames[0]).mean() > 1e-3 for frame in frames)  # It moves.
+    with av.open(io.BytesIO(video.still(path))) as picture:
+        shown = next(picture.decode(video=0)).to_ndarray(format="rgb24").astype(int)
+    nearest = min(range(len(frames)), key=lambda i: np.abs(frames[i] - shown).mean())
+    assert np.abs(frames[nearest] - shown).mean() < 8  # What JPEG takes.
+
+
+def test_what_cannot_be_decoded_has_no_still(tmp_path):
+    (tmp_path / "torn.mp4").write_bytes(b"moving pictures")
+    assert video.still(tmp_path / "torn.mp4") is None
