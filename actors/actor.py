@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections import deque
@@ -249,8 +248,8 @@ class Actor:
         self._n_step.restore(_part(arrays, "n_step."))
         for env, chunk in enumerate(self._chunks):
             chunk.restore(_part(arrays, f"chunk{env}."))
-        outbox = (arrays.get(f"outbox{i}") for i in itertools.count())
-        self._outbox = deque(wire.unpack(message, TransitionChunk) for message in itertools.takewhile(_is_there, outbox))
+        outbox = sorted(_part(arrays, "outbox").items(), key=lambda item: int(item[0]))
+        self._outbox = deque(wire.unpack(message, TransitionChunk) for _, message in outbox)
         random_state.restore(self._rng, values["rng"])
         self._num_packed_chunks, self._num_packed, self._num_steps = values["counts"]
         self._returns = list(values["returns"])
@@ -357,10 +356,6 @@ class Actor:
 
 def _part(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-
-
-def _is_there(array: Array | None) -> bool:
-    return array is not None
 
 
 def _rows(mask: Array, like: Array) -> Array:

@@ -16,23 +16,28 @@ from deploy.params_store import ParamsStore
 class LocalReplayWriter:
     """Pushes to the shards in turn, past those that ask actors to pause."""
 
-    def __init__(self, shards: list[ReplayShardApi], next_shard: int = 0) -> None:
+    def __init__(self, shards: list[ReplayShardApi]) -> None:
         self._shards = shards
-        self.next_shard = next_shard
-        """Whose turn it is."""
+        self._next = 0  # Whose turn it is.
         self._counts = PushCounts()
+
+    def state(self) -> list[int]:
+        return [self._next, self._counts.inserted, self._counts.refused]
+
+    def restore(self, state: list[int]) -> None:
+        self._next, self._counts.inserted, self._counts.refused = state
 
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         sentences = [shard.ask_to_insert() for shard in self._shards]
         return None if None in sentences else sentences[0]
 
     def push(self, chunk: TransitionChunk) -> None:
-        while self._shards[self.next_shard].ask_to_insert() is not None:
-            self.next_shard = (self.next_shard + 1) % len(self._shards)
-        reply = self._shards[self.next_shard].insert(wire.pack(chunk))
+        while self._shards[self._next].ask_to_insert() is not None:
+            self._next = (self._next + 1) % len(self._shards)
+        reply = self._shards[self._next].insert(wire.pack(chunk))
         self._counts.inserted += reply.num_inserted
         self._counts.refused += reply.num_refused
-        self.next_shard = (self.next_shard + 1) % len(self._shards)
+        self._next = (self._next + 1) % len(self._shards)
 
     def counts(self) -> PushCounts:
         return replace(self._counts)

@@ -158,7 +158,7 @@ def _save(system: System, progress: Progress, logs: ReplayLogs) -> None:
             "run_counters": progress.counters(),
             "replay_layout": logs.layout,
             "shards": [shard.save(progress.config.learner.checkpoints_kept) for shard in shards],
-            "serial": {"actors": values, "next_shards": [writer.next_shard for writer in writers]},
+            "serial": {"actors": values, "writers": [writer.state() for writer in writers]},
         },
         tensors,
     )
@@ -170,11 +170,9 @@ def _restore(system: System, tensors: Mapping[str, Mapping[str, Array]], meta: M
     learner.restore_draws(meta["generator"], [tensors["serial"].get(f"part{i}") for i in range(len(shards))])
     if "snapshot" in tensors["serial"]:
         store.publish(np.array(tensors["serial"]["snapshot"]))
-    for actor, writer, values, next_shard in zip(
-        actors, writers, meta["serial"]["actors"], meta["serial"]["next_shards"], strict=True
-    ):
+    for actor, writer, values, pushed in zip(actors, writers, meta["serial"]["actors"], meta["serial"]["writers"], strict=True):
         actor.restore(tensors[f"actor{actor.slot}"], values)
-        writer.next_shard = next_shard
+        writer.restore(pushed)
 
 
 def _collect(progress: Progress, actors: list[Actor], learner: Learner, shards: list[ReplayShard]) -> None:

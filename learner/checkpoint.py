@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
@@ -56,7 +57,8 @@ def write(directory: Path, updates: int, checkpoint: Checkpoint, *, kept: int) -
     aside.mkdir()
     files: dict[str, dict[str, Any]] = {}
     for name, tensors in checkpoint.tensors.items():
-        data = safetensors.numpy.save(dict(tensors))
+        # Of an array that is not contiguous, safetensors would write the wrong bytes.
+        data = safetensors.numpy.save({key: np.ascontiguousarray(array) for key, array in tensors.items()})
         _write_synced(aside / f"{name}.safetensors", data)
         files[f"{name}.safetensors"] = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     body = msgpack.packb({"format_version": FORMAT_VERSION, "files": files, "meta": dict(checkpoint.meta)})

@@ -52,28 +52,26 @@ def catch_up(
       keeps_samples: whether what was drawn after the checkpoint stays drawn: where this shard alone was away. Where the learner
         goes back to the checkpoint too, it draws that again.
     """
-    saved, expected, has_gap = state, None, False
-    state = copy.deepcopy(dict(state))
+    now: dict[str, Any] = copy.deepcopy(dict(state))
+    expected, has_gap = None, False
     for record in ReplayLog(directory).records(damages):
         if not record.num_items:
             then = msgpack.unpackb(record.message.data)
-            state = then if then["next_item_id"] > state["next_item_id"] else state
+            now = then if then["next_item_id"] > now["next_item_id"] else now
             continue
         has_gap |= expected not in (None, record.first_item_id)
         expected = record.end_item_id
-        if record.first_item_id >= state["next_item_id"]:
-            _count(state, wire.unpack(record.message, TransitionChunk), record)
-    limiter = state["limiter"]
-    state["priorities"] = saved.get("priorities")
+        if record.first_item_id >= now["next_item_id"]:
+            _count(now, wire.unpack(record.message, TransitionChunk), record)
+    now["priorities"] = state.get("priorities")
     if keeps_samples:
-        del state["rng"]  # What it drew since is not to be drawn again.
+        del now["rng"]  # What it drew since is not to be drawn again.
     else:
-        state["rng"], limiter["num_sampled"] = saved["rng"], saved["limiter"]["num_sampled"]
-    state["oldest_item_id"] = max(state["oldest_item_id"], state["next_item_id"] - state["capacity"])
-    is_whole = not has_gap and (
-        saved["next_item_id"] == saved["oldest_item_id"] if expected is None else expected >= saved["next_item_id"]
-    )
-    return state, is_whole
+        now["rng"], now["limiter"]["num_sampled"] = state["rng"], state["limiter"]["num_sampled"]
+    now["oldest_item_id"] = max(now["oldest_item_id"], now["next_item_id"] - now["capacity"])
+    if expected is None:
+        return now, state["next_item_id"] == state["oldest_item_id"]
+    return now, not has_gap and expected >= state["next_item_id"]
 
 
 def recover(
@@ -245,11 +243,11 @@ def _resident(
 
 def emptied(state: Mapping[str, Any], cause: str) -> dict[str, Any]:
     """Returns the state of a shard whose items are lost."""
-    state = copy.deepcopy(dict(state))
+    emptied: dict[str, Any] = copy.deepcopy(dict(state))
     num_items = state["next_item_id"] - state["oldest_item_id"]
     if num_items:
-        state["lost"][cause] = state["lost"].get(cause, 0) + num_items
-    return state | {"next_item_id": state["oldest_item_id"], "priorities": None}
+        emptied["lost"][cause] = emptied["lost"].get(cause, 0) + num_items
+    return emptied | {"next_item_id": state["oldest_item_id"], "priorities": None}
 
 
 def share(states: Sequence[Mapping[str, Any]], capacities: Sequence[int], num_more_evicted: int = 0) -> list[dict[str, Any]]:

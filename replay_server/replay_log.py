@@ -269,7 +269,7 @@ class ReplayLog:
         """Writes a record at the newest segment's end; what a failed write has left there is taken away."""
         assert self._file is not None
         header = _HEADER.pack(_MAGIC, num_items, first_item_id, num_sampled, len(message), 0)[:_CHECKED]
-        parts = [header, _checksum(header, message).to_bytes(8, "little"), message]
+        parts: list[bytes | memoryview] = [header, _checksum(header, message).to_bytes(8, "little"), message]
         segment, wanted = self._segments[-1], _HEADER.size + len(message)
         try:
             if os.writev(self._file, parts) != wanted:

@@ -210,8 +210,9 @@ class ReplayShard:
     def priorities(self) -> Priorities:
         """Returns the priorities of all items; ones where sampling is uniform."""
         values = np.ones(self.size)
-        for slot, start, num in self._slot_ranges(self._oldest_item_id, self._next_item_id) if self._tree and self.size else ():
-            values[start : start + num] = self._tree.values[slot : slot + num]
+        if self._tree is not None and self.size:
+            for slot, start, num in self._slot_ranges(self._oldest_item_id, self._next_item_id):
+                values[start : start + num] = self._tree.values[slot : slot + num]
         return Priorities(self._oldest_item_id, self._priority_exponent, values)
 
     def save(self, kept: int) -> dict[str, Any]:
