@@ -52,7 +52,7 @@ class Progress:
         self.shards: Sequence[ShardStats] = []
         self.evaluation: EvaluationResult | None = None
         self.evaluated_frames = 0  # Of training, when `evaluation` took its parameters.
-        self.returns: deque[float] = deque(maxlen=_RECENT_EPISODES)
+        self.returns: deque[float] = deque(counters.get("returns", ()), maxlen=_RECENT_EPISODES)
         self.events: deque[str] = deque(maxlen=4)
         self._known_faults: dict[str, int] = {}
         self._evaluation_is_new = False
@@ -77,6 +77,7 @@ class Progress:
             "env_steps": {str(slot): steps for slot, steps in self.env_steps_of.items()},
             "incarnations": {str(slot): incarnation for slot, incarnation in self.incarnation_of.items()},
             "wall_seconds": self.earlier_seconds + self.wall_seconds,
+            "returns": list(self.returns),
         }
 
     def next_incarnation(self, slot: int) -> int:
