@@ -188,17 +188,18 @@ def test_a_field_out_of_range_is_refused_by_name_and_value(cls, where, name, val
 
 
 def test_none_means_off():
-    ActorsConfig(reward_clip=None, terminal_reward=None)
-    ReplayConfig(samples_per_insert=None, limiter_buffer_samples=None)
-    LearnerConfig(max_grad_norm=None, target_period_updates=None, target_soft_rate=0.01, num_threads=None)
-    RunConfig(recipe="r", env=CARTPOLE, max_minutes=None, max_updates=None, max_env_steps=None)
+    assert ActorsConfig(reward_clip=None, terminal_reward=None).reward_clip is None
+    assert ReplayConfig(samples_per_insert=None, limiter_buffer_samples=None).samples_per_insert is None
+    learner = LearnerConfig(max_grad_norm=None, target_period_updates=None, target_soft_rate=0.01, num_threads=None)
+    assert learner.max_grad_norm is learner.target_period_updates is None
+    assert RunConfig(recipe="r", env=CARTPOLE, max_minutes=None, max_updates=None, max_env_steps=None).max_minutes is None
 
 
 def test_the_ends_of_a_fraction_are_in_range():
     for value in (0.0, 1.0):
-        ExplorationConfig(initial=value, final=value, decay_rate=value, ladder_base=value)
-        ReplayConfig(priority_exponent=value)
-    EnvConfig(game="pong", noop_max=0)
+        assert ExplorationConfig(initial=value, final=value, decay_rate=value, ladder_base=value).final == value
+        assert ReplayConfig(priority_exponent=value).priority_exponent == value
+    assert EnvConfig(game="pong", noop_max=0).noop_max == 0
 
 
 def of_atari(**sections):
@@ -295,7 +296,7 @@ def test_a_contradiction_is_refused_by_name(make, text):
 
 
 def test_what_is_just_allowed_is_allowed():
-    ReplayConfig(min_size=10, capacity=10)
+    assert ReplayConfig(min_size=10, capacity=10).min_size == 10
     RunConfig(recipe="r", env=CARTPOLE, learner=LearnerConfig(batch_size=4), replay=ReplayConfig(num_shards=4))
     RunConfig(recipe="r", env=PONG, network=NetworkConfig(torso="nature"))
     RunConfig(

@@ -99,7 +99,8 @@ def test_prepared_batches_are_those_that_lie_raw():
 
 
 @pytest.mark.parametrize(
-    ("name", "has_twin"), [("pong", True), ("impala", True), ("iqn", False), ("rainbow", False), ("nature", True)]
+    ("name", "has_twin"),
+    [("dqn2013", True), ("pong", False), ("impala", True), ("iqn", False), ("rainbow", False), ("nature", True)],
 )
 def test_only_problems_that_the_plain_update_computes_have_one(name, has_twin):
     problem = problem_of(name)
