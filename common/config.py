@@ -422,6 +422,9 @@ class LearnerConfig:
     learning_rate_anneal_updates: int | None = None
     """Updates over which the learning rate goes linearly to learning_rate_final. None: it stays."""
 
+    learning_rate_hold_updates: int = 0
+    """Updates before it begins to go there."""
+
     optimizer_epsilon: float = 1.5e-4
     """Added to the denominator of the optimizer."""
 
@@ -494,6 +497,10 @@ class LearnerConfig:
         _require_positive("learner", self, "importance_anneal_updates", "learning_rate_anneal_updates")
         _require(
             self.learning_rate_final >= 0, f"learner.learning_rate_final must not be negative, got {self.learning_rate_final}"
+        )
+        _require(
+            self.learning_rate_hold_updates >= 0,
+            f"learner.learning_rate_hold_updates must not be negative, got {self.learning_rate_hold_updates}",
         )
         _require_positive("learner", self, "num_devices")
         _require_fraction("learner", self, "importance_exponent", "target_soft_rate", "rmsprop_decay", "munchausen_coefficient")

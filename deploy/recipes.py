@@ -170,6 +170,9 @@ def pong() -> RunConfig:
         learner=LearnerConfig(
             batch_size=64,
             learning_rate=5e-4,
+            learning_rate_hold_updates=50_000,  # Pong is solved before; longer games gain by smaller steps later on.
+            learning_rate_anneal_updates=200_000,
+            learning_rate_final=1e-4,
             optimizer_epsilon=1.5e-4,
             target_period_updates=None,
             target_soft_rate=0.005,

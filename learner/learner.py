@@ -303,7 +303,7 @@ class Learner:
         if config.learning_rate_anneal_updates is not None:
             self._update.set_learning_rate(
                 schedules.linear(
-                    self.updates,
+                    self.updates - config.learning_rate_hold_updates,
                     initial=config.learning_rate,
                     final=config.learning_rate_final,
                     num=config.learning_rate_anneal_updates,

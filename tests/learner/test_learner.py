@@ -199,6 +199,12 @@ def test_learning_rate_falls_to_its_end_over_its_updates_and_stays(make_learner,
     again, *_ = make_learner(learning_rate_anneal_updates=8, **settings)
     again.restore(tmp_path / "checkpoints" / name)
     assert again._optimizer.param_groups[0]["lr"] == pytest.approx(0.06)
+    held, *_ = make_learner(learning_rate_anneal_updates=4, learning_rate_hold_updates=3, **settings)
+    rates = []
+    for _ in range(8):
+        rates.append(held._optimizer.param_groups[0]["lr"])
+        steps(held, 1)
+    assert rates == pytest.approx([0.08] * 4 + [0.06, 0.04, 0.02, 0.0])
 
 
 def test_the_target_network_is_published_where_so_configured(make_learner):
