@@ -18,7 +18,7 @@ import msgpack
 
 from common.config import RunConfig
 from common.errors import UserError
-from deploy.run_dir import write_whole
+from common.files import make_directory, write_whole
 from replay_server.recovery import NO_LOG, SavedShard, catch_up, emptied, finish_move, move_into_place, rewrite, share
 from replay_server.replay_log import Damage, ReplayLog
 
@@ -108,7 +108,7 @@ class ReplayLogs:
 
     def _make_new(self, states: list[dict[str, Any]]) -> None:
         for index in range(self._config.replay.num_shards):
-            self.directory(index).mkdir(parents=True)
+            make_directory(self.directory(index))
         self._write_layout(self._root, states)
 
     def _write_layout(self, root: Path, states: list[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from common.config import ByteSize
 from common.errors import UserError
+from common.files import write_whole
 from deploy import report_figures as figures
 from deploy import run_dir
 from deploy.report_page import Report, Video, interval_text, references, render
@@ -57,7 +58,7 @@ def report(paths: Sequence[Path], flags: ReportFlags) -> int:
         videos = _Videos(flags.video_budget, files) if flags.video else None
         page = _assemble(groups, warnings, left_out, [videos.of(group) for group in groups] if videos else [], files)
         _write_files(page, files)
-        run_dir.write_whole(flags.out, render(page).encode())
+        write_whole(flags.out, render(page).encode())
     except OSError as error:
         raise UserError(
             f"{error.filename or flags.out}: cannot be written ({error.strerror}); {flags.out} is as it was"
@@ -95,7 +96,7 @@ def _write_files(page: Report, files: Path) -> None:
     }
     for name, data in contents.items():
         if data:
-            run_dir.write_whole(files / name, data)
+            write_whole(files / name, data)
         else:
             (files / name).unlink(missing_ok=True)
 

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 from common import config as config_module
 from common.config import EnvConfig, RunConfig
 from common.errors import CheckpointError, UserError
+from common.files import write_whole
 from learner import checkpoint as checkpoints
 
 FORMAT_VERSION = 1
@@ -157,20 +158,6 @@ def newest_checkpoint_path(path: Path) -> Path | None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes indented JSON; the file is there whole or not at all."""
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes aside and renames, so that the file is there whole or, where that fails, as it was."""
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def _make_directory(path: Path) -> None:

@@ -9,7 +9,6 @@ driver can check a checkpoint without PyTorch.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from common.errors import CheckpointError
+from common.files import make_directory, sync_directory, write_synced
 from common.messages import Array
 
 FORMAT_VERSION = 2
@@ -46,7 +46,7 @@ def write(directory: Path, updates: int, checkpoint: Checkpoint, *, kept: int) -
 
     A second checkpoint of as many updates (actors may have gone on) stands beside the first as `<updates>-001` and so on.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     final, number = directory / f"{updates:010d}", 0
     while final.exists():
         number += 1
@@ -59,13 +59,13 @@ def write(directory: Path, updates: int, checkpoint: Checkpoint, *, kept: int) -
     for name, tensors in checkpoint.tensors.items():
         # Of an array that is not contiguous, safetensors would write the wrong bytes.
         data = safetensors.numpy.save({key: np.ascontiguousarray(array) for key, array in tensors.items()})
-        _write_synced(aside / f"{name}.safetensors", data)
+        write_synced(aside / f"{name}.safetensors", data)
         files[f"{name}.safetensors"] = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     body = msgpack.packb({"format_version": FORMAT_VERSION, "files": files, "meta": dict(checkpoint.meta)})
-    _write_synced(aside / MANIFEST, hashlib.sha256(body).digest() + body)
-    _sync_directory(aside)
+    write_synced(aside / MANIFEST, hashlib.sha256(body).digest() + body)
+    sync_directory(aside)
     aside.rename(final)
-    _sync_directory(directory)
+    sync_directory(directory)
     for old in paths(directory)[:-kept]:
         shutil.rmtree(old)
     return final
@@ -124,18 +124,3 @@ def _read_bytes(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise _fault(file, f"it cannot be read ({error.strerror})") from error
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,8 +21,9 @@ import msgpack
 import numpy as np
 
 from common import wire
+from common.files import sync_directory
 from common.messages import Array, TransitionChunk
-from replay_server.replay_log import Damage, Priorities, Record, ReplayLog, sync_directory
+from replay_server.replay_log import Damage, Priorities, Record, ReplayLog
 
 NO_LOG = "of a replay without a log"
 NOT_IN_LOG = "not in the log (altered on the disk, or never written to a full one)"
@@ -53,14 +54,15 @@ def catch_up(
         goes back to the checkpoint too, it draws that again.
     """
     now: dict[str, Any] = copy.deepcopy(dict(state))
-    expected, has_gap = None, False
+    first, expected, has_gap = None, None, False
     for record in ReplayLog(directory).records(damages):
         if not record.num_items:
             then = msgpack.unpackb(record.message.data)
             now = then if then["next_item_id"] > now["next_item_id"] else now
             continue
         has_gap |= expected not in (None, record.first_item_id)
-        expected = record.end_item_id
+        first, expected = record.first_item_id if first is None else first, record.end_item_id
+        now["oldest_item_id"] = max(now["oldest_item_id"], record.oldest_item_id)
         if record.first_item_id >= now["next_item_id"]:
             _count(now, wire.unpack(record.message, TransitionChunk), record)
     now["priorities"] = state.get("priorities")
@@ -69,9 +71,9 @@ def catch_up(
     else:
         now["rng"], now["limiter"]["num_sampled"] = state["rng"], state["limiter"]["num_sampled"]
     now["oldest_item_id"] = max(now["oldest_item_id"], now["next_item_id"] - now["capacity"])
-    if expected is None:
+    if first is None or expected is None:
         return now, state["next_item_id"] == state["oldest_item_id"]
-    return now, not has_gap and expected >= state["next_item_id"]
+    return now, not has_gap and first <= now["oldest_item_id"] and expected >= state["next_item_id"]
 
 
 def recover(

@@ -1,7 +1,7 @@
 """The durable log of one shard: inserted chunks, appended as received, in segment files that go when their last item has gone.
 
     <first item id, 16 hex digits>.log:   record, record, ...
-    record:   magic 4s | num_items u32 | first_item_id u64 | num_sampled u64 | num_bytes u64 | xxh3 u64 | message
+    record:   magic 4s | num_items u32 | first_item_id u64 | oldest_item_id u64 | num_sampled u64 | num_bytes u64 | xxh3 u64 | message
 
 A segment begins with a record of no items, whose message says how the shard stood then: what came before it may be gone. A record is there whole or it is not used: the checksum is of all of it. Appending writes into the operating system's memory and
 never waits for the disk; a thread syncs at an interval. What a kill of the process takes is nothing that was appended, what a
@@ -26,11 +26,12 @@ import msgpack
 import numpy as np
 import xxhash
 
+from common.files import make_directory, sync_directory, write_synced
 from common.messages import Array
 from common.metrics import LogStats
 
 _MAGIC = b"QFLR"
-_HEADER = struct.Struct("<4sIQQQQ")
+_HEADER = struct.Struct("<4sIQQQQQ")
 _CHECKED = _HEADER.size - 8  # Bytes of the header before the checksum.
 _SEGMENT_BYTES = 16 << 20
 _RETRY_SECONDS = 5.0  # After a write that failed.
@@ -41,6 +42,8 @@ class Record(NamedTuple):
 
     first_item_id: int
     num_items: int
+    oldest_item_id: int
+    """The oldest item that the shard had when the chunk came."""
     num_sampled: int
     """Items that the shard had given out when the chunk came."""
     message: Array
@@ -116,7 +119,7 @@ class ReplayLog:
         self._lock = threading.Lock()  # For what `sync` shares.
         self._full: list[int] = []  # Files of segments that are full and not yet synced.
         self._has_new_files = False
-        self._appended_end = self._synced_end = 0
+        self._oldest_item_id = self._appended_end = self._synced_end = 0
         self._num_unlogged = self._num_dropped = 0
         self._fault: str | None = None
         self._retry_at = 0.0
@@ -130,7 +133,7 @@ class ReplayLog:
 
     def open(self, damages: list[Damage]) -> Iterator[Record]:
         """Yields like `records`, takes over the files and cuts torn tails off; to be used up before the first `append`."""
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self._directory)
         for path in segment_paths(self._directory):
             end_item_id = 0
             found: list[Damage] = []
@@ -147,9 +150,10 @@ class ReplayLog:
                 path.unlink()
 
     def append(self, first_item_id: int, num_items: int, num_sampled: int, message: Array) -> None:
-        """Writes one record. Keeps no view of `message`."""
+        """Writes one record, and deletes the segments whose items were evicted before. Keeps no view of `message`."""
         if self._fault is not None and self._clock() < self._retry_at:
             self._num_unlogged += num_items
+            self._delete_evicted()
             return
         try:
             self._make_room(_HEADER.size + message.nbytes, first_item_id, num_sampled)
@@ -163,13 +167,13 @@ class ReplayLog:
         self._segments[-1].end_item_id = first_item_id + num_items
         with self._lock:
             self._appended_end = first_item_id + num_items
+        self._delete_evicted()
 
     def release_before(self, oldest_item_id: int) -> None:
-        """Deletes every segment all of whose items are older than `oldest_item_id`."""
-        while self._segments and self._segments[0].end_item_id <= oldest_item_id:
-            if len(self._segments) == 1:
-                self._close_file()
-            self._delete_oldest()
+        """Notes that older items are evicted. The next record says so, and only then segments go: so what is missing in a log is
+        known to have been evicted, or is lost.
+        """
+        self._oldest_item_id = oldest_item_id
 
     def write_priorities(self, priorities: Priorities, kept: int) -> str | None:
         """Writes them to a file of their own, of which the newest `kept` stay; returns its name, or None where the disk is full."""
@@ -178,10 +182,7 @@ class ReplayLog:
         newest = sorted(self._directory.glob("priorities-*"))[-kept:]
         path = self._directory / f"priorities-{int(newest[-1].stem.split('-')[1]) + 1 if newest else 0:08d}.msgpack"
         try:
-            with path.open("wb") as file:
-                file.write(_checksum(b"", memoryview(message)).to_bytes(8, "little") + message)
-                file.flush()
-                os.fsync(file.fileno())
+            write_synced(path, _checksum(b"", memoryview(message)).to_bytes(8, "little") + message)
             sync_directory(self._directory)
         except OSError as error:
             path.unlink(missing_ok=True)
@@ -265,10 +266,17 @@ class ReplayLog:
             self._num_dropped += int(following.stem, 16) - int(self._segments[0].path.stem, 16)
             self._delete_oldest()
 
+    def _delete_evicted(self) -> None:
+        while self._segments and self._segments[0].end_item_id <= self._oldest_item_id:
+            if len(self._segments) == 1:
+                self._close_file()
+            self._delete_oldest()
+
     def _write(self, num_items: int, first_item_id: int, num_sampled: int, message: memoryview) -> None:
         """Writes a record at the newest segment's end; what a failed write has left there is taken away."""
         assert self._file is not None
-        header = _HEADER.pack(_MAGIC, num_items, first_item_id, num_sampled, len(message), 0)[:_CHECKED]
+        numbers = (num_items, first_item_id, self._oldest_item_id, num_sampled, len(message))
+        header = _HEADER.pack(_MAGIC, *numbers, 0)[:_CHECKED]
         parts: list[bytes | memoryview] = [header, _checksum(header, message).to_bytes(8, "little"), message]
         segment, wanted = self._segments[-1], _HEADER.size + len(message)
         try:
@@ -301,15 +309,6 @@ def segment_paths(directory: Path) -> list[Path]:
     return sorted(directory.glob("[0-9a-f]" * 16 + ".log"))
 
 
-def sync_directory(path: Path) -> None:
-    """Waits until the names in a directory are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _read_segment(path: Path, damages: list[Damage]) -> Iterator[Record]:
     data = path.read_bytes()
     offset = 0
@@ -329,14 +328,14 @@ def _record_at(data: bytes, offset: int) -> Record | None:
     """Returns the record that begins there, or None where none does."""
     if data[offset : offset + 4] != _MAGIC or offset + _HEADER.size > len(data):
         return None
-    _, num_items, first_item_id, num_sampled, num_bytes, checksum = _HEADER.unpack_from(data, offset)
+    _, num_items, first_item_id, oldest_item_id, num_sampled, num_bytes, checksum = _HEADER.unpack_from(data, offset)
     start = offset + _HEADER.size
     if num_bytes > len(data) - start:
         return None
     message = np.frombuffer(data, np.uint8, num_bytes, start)
     if _checksum(data[offset : offset + _CHECKED], message.data) != checksum:
         return None
-    return Record(first_item_id, num_items, num_sampled, message)
+    return Record(first_item_id, num_items, oldest_item_id, num_sampled, message)
 
 
 def _next_record(data: bytes, offset: int) -> int | None:

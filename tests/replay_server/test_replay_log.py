@@ -60,20 +60,35 @@ def test_a_reopened_log_goes_on(tmp_path):
     for record in records[17:]:
         log.append(*record)
     assert read(tmp_path) == (plain(records), []) and damages == []
-    log.release_before(records[-1][0] + records[-1][1])
-    assert segment_paths(tmp_path) == [] and log.stats().num_bytes == 0
 
 
 def test_a_segment_goes_with_its_last_item(tmp_path):
-    """Kills: one that goes with its first item, or one too late."""
+    """Kills: one that goes with its first item, or too late, or before the log says that its items were evicted."""
     records = messages(60)
-    log = fill(tmp_path, records)
+    log = fill(tmp_path, records[:-2])
     starts = [int(path.stem, 16) for path in segment_paths(tmp_path)]
     log.release_before(starts[2] - 1)
-    assert len(segment_paths(tmp_path)) == len(starts) - 1
+    assert [int(path.stem, 16) for path in segment_paths(tmp_path)] == starts
+    log.append(*records[-2])
+    assert int(segment_paths(tmp_path)[0].stem, 16) == starts[1]
     log.release_before(starts[2])
-    assert len(segment_paths(tmp_path)) == len(starts) - 2
+    log.append(*records[-1])
+    assert int(segment_paths(tmp_path)[0].stem, 16) == starts[2]
     assert read(tmp_path)[0] == [record for record in plain(records) if record[0] >= starts[2]]
+    oldest = [record.oldest_item_id for record in ReplayLog(tmp_path).records([])]
+    assert oldest[-2:] == [starts[2] - 1, starts[2]] and set(oldest[:-2]) == {0}
+
+
+def test_on_a_full_disk_segments_go_at_once(tmp_path, monkeypatch):
+    """Kills: a disk that stays full, because what would free it waits for a record that cannot be written."""
+    records = messages(60)
+    log = fill(tmp_path, records[:-1])
+    num_segments = len(segment_paths(tmp_path))
+    monkeypatch.setattr(os, "writev", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    log.append(*records[-1])
+    log.release_before(records[-1][0] + records[-1][1])
+    log.append(*records[-1])
+    assert num_segments > 5 and segment_paths(tmp_path) == [] and log.stats().num_bytes == 0
 
 
 def test_a_log_cut_at_any_byte_keeps_every_whole_record(tmp_path):
@@ -110,7 +125,7 @@ def test_an_altered_byte_costs_its_record_alone(tmp_path):
         altered[offset] ^= 1 << (offset % 8)
         path.write_bytes(altered)
         found, damages = read(tmp_path)
-        is_in_state = offset < 40 + len("the state")
+        is_in_state = offset < 48 + len("the state")
         assert len(found) == len(whole) - (not is_in_state) and [record for record in whole if record in found] == found
         (damage,) = damages
         assert damage.offset <= offset < damage.offset + damage.num_bytes and str(path) in str(damage)
@@ -181,7 +196,7 @@ def test_the_thread_syncs_while_records_come(tmp_path):
     records = messages(2_000)
     for record in records:
         log.append(*record)
-        log.release_before(record[0] - 50)
+        log.release_before(max(record[0] - 50, 0))
     log.close()
     assert log.stats().num_unsynced == 0 and log.stats().fault is None
     assert read(tmp_path)[0] == plain(records)[-len(read(tmp_path)[0]) :]
