@@ -25,7 +25,7 @@ from common.config import ATARI_PROTOCOLS, ByteSize, ProtocolName, RunConfig
 from common.errors import UserError
 
 _USAGE = """usage: qfleet train RECIPE [flags]     train; the same command on the same run directory continues it
-       qfleet resume RUN [flags]       continue a run with its own settings
+       qfleet resume RUN [flags]       continue a run with its own settings; --from 0000012000 goes on from that checkpoint
        qfleet evaluate RUN [flags]     play a run's last checkpoint: --protocol, --episodes, --json, --video
        qfleet report RUN ... [flags]   one page about one or more runs: scores with intervals, curves, how they ran; --out
        qfleet adjust RUN [flags]       change the limiter of a run that is under way: --samples-per-insert, --min-size
@@ -194,7 +194,8 @@ def _dispatch(words: list[str]) -> int:
     from deploy.train import resume, train
 
     if command == "resume":
-        return resume(Path(subject), lambda config: _run_config(config, flags, f"qfleet resume {subject}"))
+        words, checkpoint = _without_from(flags)
+        return resume(Path(subject), lambda config: _run_config(config, words, f"qfleet resume {subject}"), checkpoint)
     if subject not in RECIPES:
         raise UserError(f"unknown recipe {subject!r}{_nearest(subject, list(RECIPES))}; there are {', '.join(RECIPES)}")
     recipe = RECIPES[subject]()
@@ -205,6 +206,20 @@ def _dispatch(words: list[str]) -> int:
         return print_plan(config)
     path = Path(config.run_dir) if config.run_dir is not None else run_dir.default_path(config, recipe.env)
     return train(config, path)
+
+
+def _without_from(flags: list[str]) -> tuple[list[str], str | None]:
+    """Returns the flags without --from, and what it names: it is no setting of a run."""
+    words, name = [], None
+    rest = iter(flags)
+    for word in rest:
+        if word == "--from" or word.startswith("--from="):
+            name = word.partition("=")[2] or next(rest, "")
+            if not name or name.startswith("-"):
+                raise UserError("--from: which checkpoint? Give a name as in RUN/checkpoints, --from 0000012000")
+        else:
+            words.append(word)
+    return words, name
 
 
 def _run_config(default: RunConfig, flags: list[str], program: str) -> RunConfig:

@@ -42,6 +42,8 @@ class RunDirectory:
     """The plain values of that checkpoint; empty at the beginning."""
     changed: list[str]
     """Settings that differ from those of the command before this one."""
+    set_aside: list[Path]
+    """Checkpoints that are newer than the one that was asked for."""
     commit: str | None
     """Of the code, when this command began; see `commit`."""
     _info: dict[str, Any]
@@ -76,8 +78,9 @@ def default_path(config: RunConfig, recipe_env: EnvConfig) -> Path:
     return Path("runs") / "-".join(parts)
 
 
-def open_run(config: RunConfig, path: Path) -> RunDirectory:
-    """Creates the run directory, or goes on with the run that is there.
+def open_run(config: RunConfig, path: Path, checkpoint: str | None = None) -> RunDirectory:
+    """Creates the run directory, or goes on with the run that is there: from its newest checkpoint, or from the one of this name,
+    and then newer ones are moved to checkpoints/aside.
 
     Raises:
       UserError: where the run there is another one, or running, or its files cannot be trusted; nothing is written then.
@@ -90,25 +93,28 @@ def open_run(config: RunConfig, path: Path) -> RunDirectory:
         lock.close()
         raise UserError(f"{path}: another qfleet is running there; stop it first, or choose another --run-dir") from error
     try:
-        return _open_locked(config, path, lock)
+        return _open_locked(config, path, lock, checkpoint)
     except BaseException:
         lock.close()
         raise
 
 
-def _open_locked(config: RunConfig, path: Path, lock: TextIO) -> RunDirectory:
+def _open_locked(config: RunConfig, path: Path, lock: TextIO, name: str | None) -> RunDirectory:
     info_path = path / "run.json"
     changed: list[str] = []
     checkpoint: Path | None = None
     meta: dict[str, Any] = {}
+    set_aside: list[Path] = []
     if info_path.exists():
         info = read_run_json(path)
         # Through `read_config`: a setting that the version which wrote it did not have is what its default says.
         changed = _differences(read_config(path), config, path)
-        checkpoint = newest_checkpoint_path(path)
+        checkpoint = newest_checkpoint_path(path) if name is None else _checkpoint_named(path, name)
         meta = dict(checkpoints.read(checkpoint).meta) if checkpoint else {}
         if meta and meta["run"] != info["run"]:
             raise CheckpointError(f"checkpoint {checkpoint}: it is of another run than {info_path}; move it away")
+        if checkpoint is not None and name is not None:
+            set_aside = checkpoints.set_aside_after(checkpoint)
     else:
         info = {"format_version": FORMAT_VERSION, "run": secrets.token_hex(8), "versions": versions(), "hardware": hardware()}
     info["config"] = config_module.as_dict(config)
@@ -116,7 +122,25 @@ def _open_locked(config: RunConfig, path: Path, lock: TextIO) -> RunDirectory:
     for left in path.glob("adjust-*.json"):  # For a command that has ended: this one's flags are newer.
         left.unlink()
     return RunDirectory(
-        path=path, run=info["run"], checkpoint=checkpoint, meta=meta, changed=changed, commit=commit(), _info=info, _lock=lock
+        path=path,
+        run=info["run"],
+        checkpoint=checkpoint,
+        meta=meta,
+        changed=changed,
+        set_aside=set_aside,
+        commit=commit(),
+        _info=info,
+        _lock=lock,
+    )
+
+
+def _checkpoint_named(path: Path, name: str) -> Path:
+    found = checkpoints.paths(path / "checkpoints")
+    for checkpoint in found:
+        if checkpoint.name == Path(name).name:
+            return checkpoint
+    raise UserError(
+        f"--from {name}: there is no such checkpoint in {path}; there are {', '.join(p.name for p in found) or 'none'}"
     )
 
 

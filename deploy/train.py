@@ -24,8 +24,8 @@ from deploy.stop_signal import StopSignal
 EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED = 0, 1, 130
 
 
-def train(config: RunConfig, path: Path) -> int:
-    """Begins or continues the run at `path`; returns the exit status.
+def train(config: RunConfig, path: Path, checkpoint: str | None = None) -> int:
+    """Begins or continues the run at `path`, from its newest checkpoint or the one that is named; returns the exit status.
 
     Raises:
       UserError: before anything is written, where the configuration does not fit the environment, the machine or the
@@ -37,7 +37,7 @@ def train(config: RunConfig, path: Path) -> int:
         plan_cpus(config, run_dirs.num_cpus())
     check_memory(config, spec)
     check_learner(config.learner)
-    run_dir = run_dirs.open_run(config, path)
+    run_dir = run_dirs.open_run(config, path, checkpoint)
     progress = Progress(config, run_dir.meta, is_exact=run_dir.may_go_on_exactly(config))
     progress.started = started
     budget = progress.stopped_by()
@@ -97,6 +97,10 @@ def _announce(recorder: Recorder, run_dir: run_dirs.RunDirectory, progress: Prog
     )
     after = f"; {updates:,} updates and {steps:,} env steps came after that checkpoint" if updates or steps else ""
     recorder.event(f"continuing {run_dir.path} from update {progress.updates:,} and env step {progress.env_steps:,}{after}")
+    if run_dir.set_aside:
+        recorder.event(
+            f"newer checkpoints are in {run_dir.set_aside[0].parent} now: {', '.join(p.name for p in run_dir.set_aside)}"
+        )
     for change in run_dir.changed:
         recorder.event(f"changed since the last command: {change}")
 
@@ -154,12 +158,14 @@ def _report(path: Path, progress: Progress, outcome: Outcome) -> int:
     return EXIT_INTERRUPTED if outcome.stopped_by == "interrupted" else EXIT_DONE
 
 
-def resume(path: Path, overrides: Any) -> int:
-    """Continues the run at `path` with its own configuration, changed by `overrides(config)`."""
+def resume(path: Path, overrides: Any, checkpoint: str | None = None) -> int:
+    """Continues the run at `path` with its own configuration, changed by `overrides(config)`; from a checkpoint that is named, or
+    the newest.
+    """
     stored = run_dirs.read_config(path)
     config: RunConfig = overrides(stored)
     if config.run_dir != stored.run_dir:
         raise UserError(f"--run-dir cannot be set here: qfleet resume goes on in {path}")
     if run_dirs.newest_checkpoint_path(path) is None:
         raise UserError(f"{path} has no checkpoint to resume from; start it again with qfleet train {config.recipe}")
-    return train(config, path)
+    return train(config, path, checkpoint)

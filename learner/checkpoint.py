@@ -54,6 +54,19 @@ def write(directory: Path, updates: int, checkpoint: Checkpoint, *, kept: int) -
     for torn in directory.glob(".*.part"):
         shutil.rmtree(torn)
     aside = directory / f".{final.name}.part"
+    try:
+        _write_aside(aside, checkpoint)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)  # On a full disk it takes what others need.
+        raise
+    aside.rename(final)
+    sync_directory(directory)
+    for old in paths(directory)[:-kept]:
+        shutil.rmtree(old)
+    return final
+
+
+def _write_aside(aside: Path, checkpoint: Checkpoint) -> None:
     aside.mkdir()
     files: dict[str, dict[str, Any]] = {}
     for name, tensors in checkpoint.tensors.items():
@@ -64,11 +77,6 @@ def write(directory: Path, updates: int, checkpoint: Checkpoint, *, kept: int) -
     body = msgpack.packb({"format_version": FORMAT_VERSION, "files": files, "meta": dict(checkpoint.meta)})
     write_synced(aside / MANIFEST, hashlib.sha256(body).digest() + body)
     sync_directory(aside)
-    aside.rename(final)
-    sync_directory(directory)
-    for old in paths(directory)[:-kept]:
-        shutil.rmtree(old)
-    return final
 
 
 def paths(directory: Path) -> list[Path]:
@@ -76,6 +84,25 @@ def paths(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return sorted(path for path in directory.iterdir() if re.fullmatch(r"\d{10}(-\d{3})?", path.name))
+
+
+def set_aside_after(path: Path) -> list[Path]:
+    """Moves the checkpoints that are newer than this one into a directory `aside` beside it; returns where they are."""
+    newer = [other for other in paths(path.parent) if other.name > path.name]
+    aside = path.parent / "aside"
+    moved = []
+    for other in newer:
+        make_directory(aside)
+        place, number = aside / other.name, 0
+        while place.exists():
+            number += 1
+            place = aside / f"{other.name}.{number}"
+        other.rename(place)
+        moved.append(place)
+    if moved:
+        sync_directory(aside)
+        sync_directory(path.parent)
+    return moved
 
 
 def read(path: Path) -> Checkpoint:

@@ -64,11 +64,31 @@ def test_a_damaged_file_is_named(tmp_path, name, how):
 
 
 def test_a_newer_format_is_refused_with_both_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 2)
-    path = checkpoints.write(tmp_path, 7, some(), kept=2)
-    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 1)
-    with pytest.raises(CheckpointError, match="format 2, but this code reads 1"):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "FORMAT_VERSION", 3)
+        path = checkpoints.write(tmp_path, 7, some(), kept=2)
+    with pytest.raises(CheckpointError, match="format 3, but this code reads 2"):
         checkpoints.read(path)
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "FORMAT_VERSION", 1)
+        path = checkpoints.write(tmp_path, 7, some(3.0), kept=2)
+    assert checkpoints.read(path).tensors["online"]["w"][0, 0] == 3.0
+
+
+def test_newer_ones_are_set_aside_and_none_is_overwritten(tmp_path):
+    for _ in range(2):
+        for updates in (1, 2, 3):
+            if updates > 1 or not (tmp_path / "0000000001").exists():
+                checkpoints.write(tmp_path, updates, some(), kept=9)
+        moved = checkpoints.set_aside_after(tmp_path / "0000000001")
+    assert [path.name for path in checkpoints.paths(tmp_path)] == ["0000000001"]
+    assert [path.name for path in moved] == ["0000000002.1", "0000000003.1"]
+    assert sorted(path.name for path in (tmp_path / "aside").iterdir()) == [
+        *["0000000002", "0000000002.1", "0000000003", "0000000003.1"]
+    ]
 
 
 def test_nothing_in_the_manifest_is_pickled(tmp_path):
