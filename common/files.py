@@ -14,6 +14,9 @@ def write_synced(path: Path, data: bytes) -> None:
         while len(rest):
             rest = rest[os.write(descriptor, rest) :]
         os.fsync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         os.close(descriptor)
 

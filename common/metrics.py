@@ -65,6 +65,8 @@ class LearnerStats:
     num_dropped_batches: int
     waits_for: str | None
     last_fault: str | None
+    checkpoint_fault: str | None = None
+    """Why the last checkpoint could not be written, or None."""
 
 
 @dataclass(slots=True)

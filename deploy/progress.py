@@ -54,7 +54,10 @@ class Progress:
         self.evaluated_frames = 0  # Of training, when `evaluation` took its parameters.
         self.returns: deque[float] = deque(counters.get("returns", ()), maxlen=_RECENT_EPISODES)
         self.events: deque[str] = deque(maxlen=4)
+        self.away: dict[tuple[str, int], str] = {}
+        """By role and index: a sentence for each worker that does not do its part now."""
         self._known_faults: dict[str, int] = {}
+        self._known_disk_faults: dict[str, str] = {}
         self._evaluation_is_new = False
         self._evaluation_began = (0.0, 0)
         self._previous: dict[str, float] = {}
@@ -111,6 +114,7 @@ class Progress:
         self.epoch += 1
         self.updates, self.samples = meta["updates"], meta["samples"]
         self.learner = None
+        self._known_faults.pop("learner", None)
         for name in ("updates", "samples", "learner_busy"):  # They begin anew: no rate spans both learners.
             self._previous.pop(name, None)
 
@@ -153,6 +157,26 @@ class Progress:
         if self.learner is not None and self.learner.num_dropped_batches > self._known_faults.get("learner", 0):
             self._known_faults["learner"] = self.learner.num_dropped_batches
             sentences.append(f"{self.learner.num_dropped_batches} batches dropped so far, the last: {self.learner.last_fault}")
+        return sentences + self._new_disk_faults()
+
+    def degraded(self) -> list[str]:
+        """Returns what the run does without now: workers that are away, a disk that takes nothing."""
+        return [*self.away.values(), *self._disk_faults().values()]
+
+    def _disk_faults(self) -> dict[str, str]:
+        """Returns by name what the disk does not take now."""
+        faults = {f"shard {s.shard_index}": s.log.fault for s in self.shards if s.log is not None and s.log.fault is not None}
+        if self.learner is not None and self.learner.checkpoint_fault is not None:
+            faults["the learner"] = (
+                f"no checkpoint could be written ({self.learner.checkpoint_fault}); those before it are kept"
+            )
+        return faults
+
+    def _new_disk_faults(self) -> list[str]:
+        faults = self._disk_faults()
+        sentences = [f"{name}: {fault}" for name, fault in faults.items() if name not in self._known_disk_faults]
+        sentences += [f"{name}: the disk takes what it writes again" for name in self._known_disk_faults if name not in faults]
+        self._known_disk_faults = faults
         return sentences
 
     def waits(self) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -32,14 +35,35 @@ class _SteadyConsole(Console):
         os.close(nowhere)
 
 
+class _Files:
+    """metrics.jsonl and the TensorBoard events of one command."""
+
+    def __init__(self, run_path: Path) -> None:
+        self._rows = (run_path / "metrics.jsonl").open("ab+", buffering=0)
+        if self._rows.seek(0, os.SEEK_END) and (self._rows.seek(-1, os.SEEK_END), self._rows.read(1))[1] != b"\n":
+            self._rows.write(b"\n")  # After a row that was torn.
+        self._events = EventFileWriter(str(run_path))
+
+    def write(self, row: dict[str, Any]) -> None:
+        line = json.dumps(row).encode() + b"\n"
+        if self._rows.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in row.items()]
+        self._events.add_event(Event(wall_time=time.time(), step=row["env_steps"], summary=Summary(value=values)))
+
+    def close(self) -> None:
+        self._rows.close()
+        with contextlib.suppress(OSError):
+            self._events.close()
+
+
 class Recorder:
     """Writes the rows of one command; used by the driver's one thread. rich's display refreshes on a thread of its own."""
 
     def __init__(self, run_dir: RunDirectory, progress: Progress, console: Console | None = None) -> None:
         self._progress = progress
         self._path = run_dir.path
-        self._file = (run_dir.path / "metrics.jsonl").open("a", buffering=1)
-        self._events = EventFileWriter(str(run_dir.path))
+        self._files: _Files | None = _Files(run_dir.path)
         self._console = console or _SteadyConsole(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
         self._live: Live | None = None
         self._row: dict[str, Any] = {}
@@ -55,17 +79,22 @@ class Recorder:
     def row(self) -> None:
         """Writes one row of metrics everywhere."""
         row = self._row = self._progress.row()
-        self._file.write(json.dumps(row) + "\n")
-        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in row.items()]
-        self._events.add_event(Event(wall_time=time.time(), step=row["env_steps"], summary=Summary(value=values)))
+        try:
+            self._files = self._files or _Files(self._path)
+            self._files.write(row)
+        except OSError as error:  # A full disk costs the rows, not the run.
+            if self._files is not None:
+                self.event(f"{self._path}: {error.strerror}: rows of metrics are dropped until writing works again")
+                self._files.close()
+                self._files = None
         if self._live is None:
             self._console.print(self._line(), markup=False)
 
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
-        self._file.close()
-        self._events.close()
+        if self._files is not None:
+            self._files.close()
 
     def _line(self) -> str:
         row = self._row
@@ -80,7 +109,8 @@ class Recorder:
             f"lag {row.get('actor/params_lag_updates_max', 0)}",
             f"replay {row.get('shard/size_transitions', 0):,} in {ByteSize(row.get('shard/resident_bytes', 0))}",
         ]
-        return "  ".join(parts) + "".join(f"  [{sentence}]" for sentence in self._progress.waits()[:1])
+        told = [f"degraded: {sentence}" for sentence in self._progress.degraded()] + self._progress.waits()[:1]
+        return "  ".join(parts) + "".join(f"  [{sentence}]" for sentence in told)
 
     def _evaluated(self) -> str:
         evaluation = self._progress.evaluation
@@ -128,8 +158,9 @@ class Recorder:
             "learner busy",
             f"{row.get('learner/busy_fraction', 0.0):.0%}",
         )
-        waits = [Text(f"waits: {sentence}", style="yellow") for sentence in progress.waits()[:3]]
-        return Group(head, table, *waits, Text(f"Ctrl-C writes a checkpoint and ends; run files: {self._path}", style="dim"))
+        told = [Text(f"degraded: {sentence}", style="bold red") for sentence in progress.degraded()[:5]]
+        told += [Text(f"waits: {sentence}", style="yellow") for sentence in progress.waits()[:3]]
+        return Group(head, table, *told, Text(f"Ctrl-C writes a checkpoint and ends; run files: {self._path}", style="dim"))
 
 
 def _clock(seconds: float | None) -> str:

@@ -14,6 +14,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._asked_at: float | None = None
+        self.is_urgent = False
+        """Whether it was a SIGTERM, after which a scheduler soon ends the process."""
         self.install()
 
     def install(self) -> None:
@@ -29,5 +31,6 @@ class StopSignal:
         now = time.monotonic()
         if self._asked_at is None:
             self._asked_at = now
+            self.is_urgent = number == signal.SIGTERM
         elif now - self._asked_at > _SAME_PRESS_SECONDS:
             raise KeyboardInterrupt

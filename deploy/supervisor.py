@@ -14,7 +14,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,18 +25,20 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from common.config import EnvSpec, RunConfig
-from common.errors import NonFiniteError, UserError, WireError
+from common.errors import CheckpointError, NonFiniteError, UserError, WireError
+from common.files import write_whole
 from common.metrics import LearnerStats
 from deploy import roles
-from deploy import run_dir as run_dirs
 from deploy.adjust import take_up_adjustment
 from deploy.outcome import Outcome
 from deploy.plan import CpuPlan, plan_cpus
 from deploy.progress import Progress
+from deploy.ray_errors import one_line
 from deploy.ray_handles import NotBuiltError, RayReplayReader, RayReplayWriter, Worker, WorkerAddress
 from deploy.ray_params import RayParamsReader, RayParamsWriter
 from deploy.recorder import Recorder
 from deploy.replay_logs import ReplayLogs, ShardStart
+from deploy.restart_policy import MAX_DEATHS, WINDOW_SECONDS, RestartPolicy
 from deploy.run_dir import RunDirectory, write_json
 from deploy.stop_signal import StopSignal
 from learner import checkpoint as checkpoints
@@ -44,10 +46,12 @@ from learner import checkpoint as checkpoints
 _CALL_SECONDS = 1.0  # How long a worker runs before it reports.
 _START_SECONDS = 180.0  # A worker that is not ready by then will not be.
 _ANSWER_SECONDS = 30.0  # A call that only reads or writes state.
-_HUNG_SECONDS = 120.0  # A worker that was to report after a second and did not for so long is given up.
+_QUIET_SECONDS = 10.0  # A worker that was to report after a second and did not for so long is named.
+_HUNG_SECONDS = 60.0  # And after so long it is given up.
 _LOOK_SECONDS = 1.0  # Between two questions to shards and store, which answer at once.
 _SILENT_SECONDS = 30.0  # A shard or store that did not answer for so long is given up.
-_MAX_DEATHS, _DEATHS_SECONDS = 5, 60.0  # A slot that dies so often within so long is not restarted again.
+_MAX_FRUITLESS = 5  # Deaths of the learner, one after another, without a report in between.
+_DRAIN_LOOK_SECONDS = 5.0  # Between two questions which nodes are about to leave.
 
 
 class RunFault(RuntimeError):
@@ -65,6 +69,8 @@ class _Call(NamedTuple):
     worker_index: int
     deadline: float
     """When the worker counts as hung, on the monotonic clock."""
+    quiet_at: float | None
+    """When it is named as silent; None: never."""
 
 
 class Supervisor:
@@ -81,7 +87,8 @@ class Supervisor:
         self._progress, self._recorder, self._stop = progress, recorder, stop
         self._calls: dict[Any, _Call] = {}  # By reference, those under way.
         self._actors: dict[int, Any] = {}
-        self._deaths: dict[tuple[str, int], deque[float]] = {}
+        self._policies: dict[str, RestartPolicy] = {}
+        self._starts: dict[tuple[str, int], float] = {}  # When whoever died is to begin again.
         self._logs = ReplayLogs(run_dir.path.resolve(), config)
         self._shards: list[Any] = []
         self._shard_states: list[Any] = []  # As of the last checkpoint.
@@ -93,7 +100,9 @@ class Supervisor:
         self._learners: list[Any] = []  # By rank; the first one publishes and saves.
         self._learns = False  # Else the learner is being made.
         self._next_checkpoint = 0.0
-        self._num_fruitless = 0  # Deaths of the learner, one after another, without a report in between.
+        self._num_fruitless = 0
+        self._leaving: set[str] = set()  # Nodes that are about to leave.
+        self._next_drain_look = 0.0
         self._group: PlacementGroup | None = None
         self._store: Any = None
         self._evaluator: Any = None
@@ -110,7 +119,7 @@ class Supervisor:
             try:
                 self._start(temp_dir)
             except (RunFault, RayError) as error:
-                return Outcome("fault", _one_line(error), None, None)
+                return Outcome("fault", one_line(error), None, None)
             return self._supervise()
         finally:
             ray.shutdown()
@@ -146,7 +155,8 @@ class Supervisor:
         self._read_shards()
         if self._run_dir.meta:
             self._recorder.event(self._progress.replay_sentence())
-        self._save()  # So that from here on there is always one to go on from.
+        if self._save() is None:
+            raise RunFault("a run begins with a checkpoint, and none could be written")
         self._start_learners()
 
     def _place(self, plan: CpuPlan) -> None:
@@ -226,6 +236,7 @@ class Supervisor:
     def _start_learners(self) -> None:
         """Has them prefetch, and learn."""
         self._learns = True
+        self._progress.away.pop(("learner", 0), None)
         self._next_checkpoint = time.monotonic() + self._config.learner.checkpoint_period_seconds
         for rank, worker in enumerate(self._learners):
             self._expect(worker.call.remote("start"), "learner", rank)
@@ -243,16 +254,26 @@ class Supervisor:
         for name, worker in zip(self._learner_names(), self._learners, strict=True):
             ray.kill(worker)
             _end_process(self._addresses.get(name))
-        checkpoint = run_dirs.newest_checkpoint_path(self._run_dir.path)
-        assert checkpoint is not None, "one is written before the first update"
+        checkpoint, meta = self._newest_whole_checkpoint()
         self._learns = False
+        self._progress.away = {key: value for key, value in self._progress.away.items() if key[0] != "learner"}
+        self._progress.away["learner", 0] = "the learner is coming back"
         self._recorder.event(
-            f"the learner died ({_one_line(error)}) after update {self._progress.updates:,}; it goes on from checkpoint {checkpoint.name}"
+            f"the learner died ({one_line(error)}) after update {self._progress.updates:,}; it goes on from checkpoint {checkpoint.name}"
         )
-        self._progress.on_learner_died(checkpoints.read(checkpoint).meta)
+        self._progress.on_learner_died(meta)
         self._make_learners()
         for rank, call in enumerate(self._build_learners(checkpoint)):
             self._expect(call, "learner", rank, _START_SECONDS)
+
+    def _newest_whole_checkpoint(self) -> tuple[Path, Mapping[str, Any]]:
+        """Returns the newest checkpoint that can be read, and its meta; those that were altered meanwhile are named and passed over."""
+        for path in reversed(checkpoints.paths(self._run_dir.path / "checkpoints")):
+            try:
+                return path, checkpoints.read(path).meta
+            except CheckpointError as error:
+                self._recorder.event(str(error).partition(";")[0])
+        raise RunFault(f"{self._run_dir.path}: there is no whole checkpoint for the learner to go on from")
 
     def _start_actor(self, slot: int) -> None:
         """Starts the next incarnation of a slot; it goes on from the steps that the slot last reported."""
@@ -276,14 +297,24 @@ class Supervisor:
     def _note_worker(self, name: str, address: WorkerAddress) -> None:
         """Writes workers.json: which process is which."""
         self._addresses[name] = address._asdict()
-        write_json(self._run_dir.path / "workers.json", self._addresses)
+        with contextlib.suppress(OSError):  # A full disk: only people read it.
+            write_json(self._run_dir.path / "workers.json", self._addresses)
 
     def _call_learners(self) -> None:
         for rank, worker in enumerate(self._learners):
             self._expect(worker.call.remote("run", _CALL_SECONDS, self._config.max_updates), "learner", rank)
 
     def _expect(self, call: Any, role: str, index: int = 0, seconds: float = _HUNG_SECONDS) -> None:
-        self._calls[call] = _Call(role, index, time.monotonic() + seconds)
+        now = time.monotonic()
+        reports_soon = role in ("actor", "learner", "shard", "store") and seconds <= _HUNG_SECONDS
+        self._calls[call] = _Call(role, index, now + seconds, now + _QUIET_SECONDS if reports_soon else None)
+
+    def _name(self, role: str, index: int) -> str:
+        """Returns what a person calls a worker."""
+        if role == "learner" and len(self._learners) == 1:
+            return "the learner"
+        names = {"evaluator": "the evaluator", "store": "the params store", "learner": f"rank {index} of the learner"}
+        return names.get(role, f"{role} {index}")
 
     def _supervise(self) -> Outcome:
         """The loop, and then the end: drain, checkpoint, last evaluation, ledger."""
@@ -299,7 +330,9 @@ class Supervisor:
                 if stopped_by is not None:
                     break
                 self._take_answers()
+                self._start_again()
                 self._look_at_shards()
+                self._look_for_leaving_nodes()
                 now = time.monotonic()
                 if now >= next_row:
                     next_row = now + config.log_period_seconds
@@ -307,12 +340,14 @@ class Supervisor:
                     self._tell_faults()
                     self._recorder.row()
             self._drain_role("learner", _ANSWER_SECONDS if self._learns else _START_SECONDS)
+            if self._stop.is_urgent:  # The grace period may end before all actors have come to rest.
+                self._save()
             self._drain_actors()
             digest = self._finish(stopped_by)
         except NonFiniteError as error:
             stopped_by, fault = "non_finite", str(error)
         except (RunFault, RayError) as error:
-            stopped_by, fault = "fault", _one_line(error)
+            stopped_by, fault = "fault", f"{one_line(error)}{self._keep_traceback(error)}"
         try:
             if fault is not None:
                 self._drain_actors()
@@ -321,6 +356,29 @@ class Supervisor:
             return Outcome(stopped_by, fault, digest, None)
         self._recorder.row()
         return Outcome(stopped_by, fault, digest, progress.ledger.balance(progress.shards))
+
+    def _keep_traceback(self, error: BaseException) -> str:
+        """Writes what a worker raised last to a file of the run directory; returns the words that say so, none where it raised nothing."""
+        cause = error.__cause__ if isinstance(error, RunFault) else error
+        if not isinstance(cause, RayTaskError):
+            return ""
+        path = self._run_dir.path / "last_traceback.txt"
+        with contextlib.suppress(OSError):
+            write_whole(path, str(cause).encode())
+        return f"; its traceback is in {path}"
+
+    def _look_for_leaving_nodes(self) -> None:
+        """Begins a checkpoint when a node is about to leave: what is on it may have half a minute left."""
+        if time.monotonic() < self._next_drain_look:
+            return
+        self._next_drain_look = time.monotonic() + _DRAIN_LOOK_SECONDS
+        leaving = leaving_nodes()
+        for node in sorted(leaving - self._leaving):
+            self._recorder.event(
+                f"node {node[:8]} is about to leave: a checkpoint is written, and what is on it begins again elsewhere"
+            )
+            self._next_checkpoint = time.monotonic()
+        self._leaving = leaving
 
     def _adjust(self) -> None:
         """Takes up a change of the limiters that `qfleet adjust` has left."""
@@ -338,19 +396,31 @@ class Supervisor:
         for call in ready:
             if call in self._calls:  # A restart of the learner has given up the calls of all its ranks.
                 self._on_answer(call)
+        now = time.monotonic()
         for call in overdue:
-            if call in self._calls and time.monotonic() > self._calls[call].deadline:
-                role, index, _ = self._calls.pop(call)
+            if call not in self._calls:
+                continue
+            role, index, deadline, quiet_at = self._calls[call]
+            if now > deadline:
+                del self._calls[call]
                 self._on_death(role, index, ray.exceptions.GetTimeoutError("it gave no answer: it hangs"))
+            elif quiet_at is not None and now > quiet_at:
+                self._calls[call] = self._calls[call]._replace(quiet_at=None)
+                self._progress.away[role, index] = f"{self._name(role, index)} is silent"
+                self._recorder.event(
+                    f"{self._name(role, index)} is silent for {_QUIET_SECONDS:.0f} s; it is given up in {deadline - now:.0f} s"
+                )
 
     def _on_answer(self, call: Any) -> None:
         """Takes in what a worker reported and gives it its next call."""
-        role, index, _ = self._calls.pop(call)
+        role, index, *_ = self._calls.pop(call)
         try:
             result = ray.get(call, timeout=_ANSWER_SECONDS)
         except RayError as error:
             self._on_death(role, index, error)
             return
+        if not isinstance(result, WorkerAddress) and self._progress.away.pop((role, index), None) is not None:
+            self._recorder.event(f"{self._name(role, index)} answers again")
         if role == "actor":
             if isinstance(result, WorkerAddress):  # The answer of `build`.
                 self._note_worker(f"actor{index}", result)
@@ -366,6 +436,7 @@ class Supervisor:
         elif role == "store":
             if isinstance(result, WorkerAddress):
                 self._note_worker("store", result)
+                self._progress.away.pop(("store", 0), None)
                 self._recorder.event("the params store is back; the learner publishes again")
                 self._must_publish = True
         else:
@@ -387,6 +458,7 @@ class Supervisor:
         """Takes in how a shard is, or that it is back."""
         if isinstance(result, WorkerAddress):
             self._note_worker(f"shard{index}", result)
+            self._progress.away.pop(("shard", index), None)
             self._told_back.add(index)
             return
         shards = list(self._progress.shards)
@@ -451,40 +523,52 @@ class Supervisor:
             return
         if isinstance(cause, NotBuiltError):
             error = ray.exceptions.RayActorError("its process came anew")
-        names = {"evaluator": "the evaluator", "store": "the params store", "learner": "the learner"}
-        name = names.get(role, f"{role} {index}")
-        if role == "learner":
-            name, index = "the learner", 0  # Its ranks die together.
-        deaths = self._deaths.setdefault((role, index), deque(maxlen=_MAX_DEATHS))
-        deaths.append(time.monotonic())
-        if len(deaths) == _MAX_DEATHS and deaths[-1] - deaths[0] < _DEATHS_SECONDS:
+        name = "the learner" if role == "learner" else self._name(role, index)
+        group, slot = (f"{role}{index}", 0) if role == "shard" else (role, index if role == "actor" else 0)
+        policy = self._policies.setdefault(group, RestartPolicy(self._config.actors.num_actors if role == "actor" else 1))
+        delay = policy.on_death(slot, time.monotonic())
+        if delay is None:
             raise RunFault(
-                f"{name} died {_MAX_DEATHS} times within {_DEATHS_SECONDS:.0f} s, the last time of: {_one_line(error)}"
-            )
+                f"{name} died {MAX_DEATHS} times within {WINDOW_SECONDS:.0f} s, the last time of: {one_line(error)}"
+            ) from error
         if role == "learner":
             # However long a start takes here, what fails every time ends the run.
             self._num_fruitless = self._num_fruitless + 1 if self._progress.learner is None else 0
-            if self._num_fruitless == _MAX_DEATHS:
-                raise RunFault(f"the learner died {_MAX_DEATHS} times without an update, the last time of: {_one_line(error)}")
+            if self._num_fruitless == _MAX_FRUITLESS:
+                raise RunFault(
+                    f"the learner died {_MAX_FRUITLESS} times without an update, the last time of: {one_line(error)}"
+                ) from error
             self._restart_learners(error)
-            return
-        if role in ("shard", "store"):
-            self._restart_behind_handle(role, index, f"{name} died ({_one_line(error)})", error)
-            return
-        self._recorder.event(f"{name} died ({_one_line(error)}); a new one takes its place")
-        if role == "actor":
-            ray.kill(self._actors[index])
-            self._progress.on_actor_died(index)
-            self._start_actor(index)
+        elif role in ("shard", "store"):
+            self._restart_behind_handle(role, index, f"{name} died ({one_line(error)})", error)
         else:
-            ray.kill(self._evaluator)
-            self._start_evaluator()
+            when = f"in {delay:.0f} s a new one takes its place" if delay else "a new one takes its place"
+            self._recorder.event(f"{name} died ({one_line(error)}); {when}")
+            ray.kill(self._actors.pop(index) if role == "actor" else self._evaluator)
+            _end_process(self._addresses.get(f"actor{index}" if role == "actor" else "evaluator"))
+            if role == "actor":
+                self._progress.on_actor_died(index)
+            self._progress.away[role, index] = f"{name} died"
+            self._starts[role, index] = time.monotonic() + delay
+
+    def _start_again(self) -> None:
+        """Starts the actors and the evaluator whose time has come."""
+        for (role, index), at in list(self._starts.items()):
+            if time.monotonic() < at:
+                continue
+            del self._starts[role, index]
+            self._progress.away.pop((role, index), None)
+            if role == "actor":
+                self._start_actor(index)
+            else:
+                self._start_evaluator()
 
     def _restart_behind_handle(self, role: str, index: int, text: str, error: RayError) -> None:
         """Makes a shard's or the store's role anew in the process that Ray starts for it."""
         worker = self._shards[index] if role == "shard" else self._store
         if isinstance(error, ray.exceptions.GetTimeoutError):  # It hangs.
             _end_process(self._addresses.get(f"shard{index}" if role == "shard" else "store"))
+        self._progress.away[role, index] = f"{self._name(role, index)} is coming back"
         if role == "store":
             self._recorder.event(f"{text}; it begins empty, and actors act on with what they have")
             built = worker.build.options(max_task_retries=-1).remote(roles.make_params_store)
@@ -554,18 +638,18 @@ class Supervisor:
             try:
                 self._progress.on_actor(ray.get(call, timeout=_ANSWER_SECONDS))
             except RayError as error:
-                self._recorder.event(f"actor {slot} did not end in order: {_one_line(error)}")
+                self._recorder.event(f"actor {slot} did not end in order: {one_line(error)}")
                 self._progress.on_actor_died(slot)
 
     def _drain_role(self, role: str, seconds: float = _ANSWER_SECONDS) -> None:
         """Waits until workers of a role have no call under way."""
         deadline = time.monotonic() + seconds
-        while calls := [call for call, (name, _, _) in self._calls.items() if name == role]:
+        while calls := [call for call, expected in self._calls.items() if expected.role == role]:
             ready, _ = ray.wait(calls, num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
             if not ready:
                 raise RunFault(f"waited {seconds:.0f} s for the {role} to come to rest")
             for call in ready:
-                _, index, _ = self._calls.pop(call)
+                index = self._calls.pop(call).worker_index
                 try:
                     result = ray.get(call, timeout=_ANSWER_SECONDS)
                 except RayError as error:
@@ -573,7 +657,7 @@ class Supervisor:
                         self._progress.on_actor_died(index)
                         self._actors.pop(index)
                         continue
-                    raise RunFault(f"the {role} died: {_one_line(error)}") from error
+                    raise RunFault(f"the {role} died: {one_line(error)}") from error
                 if role == "actor" and not isinstance(result, WorkerAddress):
                     self._progress.on_actor(result)
                 elif isinstance(result, LearnerStats) and index == 0:
@@ -581,8 +665,8 @@ class Supervisor:
 
     def _finish(self, stopped_by: str) -> str:
         """Writes the last checkpoint and evaluates it; returns the digest of its parameters."""
-        name = self._save()
-        self._recorder.event(f"checkpoint {name} is written ({stopped_by})")
+        if (name := self._save()) is not None:
+            self._recorder.event(f"checkpoint {name} is written ({stopped_by})")
         (digest,) = self._answers([self._learners[0].call.remote("digest")], _ANSWER_SECONDS, "the learner's digest")
         if stopped_by not in ("interrupted", "target_return"):
             result = self._evaluate_now()
@@ -605,14 +689,20 @@ class Supervisor:
             for index, shard in enumerate(self._shards):
                 self._expect(shard.call.remote("save", self._config.learner.checkpoints_kept), "saving", index)
 
-    def _save(self) -> str:
-        """Writes a checkpoint now; returns its name."""
+    def _save(self) -> str | None:
+        """Writes a checkpoint now; returns its name, or None where the disk does not take it, which is told."""
         for index, shard in enumerate(self._shards):
             with contextlib.suppress(RunFault):  # One that is away stays as it was at the checkpoint before.
                 call = shard.call.remote("save", self._config.learner.checkpoints_kept)
                 (self._shard_states[index],) = self._answers([call], _ANSWER_SECONDS, f"shard {index} to save")
         call = self._learners[0].call.remote("save", self._checkpoint_parts())
-        (name,) = self._answers([call], _ANSWER_SECONDS, "the learner to write a checkpoint")
+        try:
+            (name,) = self._answers([call], _ANSWER_SECONDS, "the learner to write a checkpoint")
+        except OSError as error:
+            self._recorder.event(
+                f"no checkpoint could be written ({error.filename}: {error.strerror}); those before it are kept"
+            )
+            return None
         return str(name)
 
     def _checkpoint_parts(self) -> dict[str, Any]:
@@ -640,11 +730,22 @@ class Supervisor:
         except ray.exceptions.GetTimeoutError as error:
             raise RunFault(f"waited {seconds:.0f} s for {what}") from error
         except RayTaskError as error:
-            if isinstance(error.cause, (NonFiniteError, UserError)):
-                raise type(error.cause)(str(error.cause)) from error
-            raise RunFault(f"while waiting for {what}: {_one_line(error)}") from error
+            cause = error.cause
+            if isinstance(cause, (NonFiniteError, UserError)):
+                raise type(cause)(str(cause)) from error
+            if isinstance(cause, OSError) and cause.filename is not None:
+                raise OSError(cause.errno, cause.strerror, cause.filename) from error
+            raise RunFault(f"while waiting for {what}: {one_line(error)}") from error
         except RayActorError as error:
-            raise WorkerDied(f"{what}: the worker died: {_one_line(error)}") from error
+            raise WorkerDied(f"{what}: the worker died: {one_line(error)}") from error
+
+
+def leaving_nodes() -> set[str]:
+    """Returns the ids of nodes that drain (a preemption, a scale-down); what Ray has for it is private."""
+    try:
+        return set(ray._private.state.state.get_draining_nodes())
+    except (AttributeError, RayError):
+        return set()
 
 
 def make_temp_dir() -> str:
@@ -669,7 +770,7 @@ def start_ray(config: RunConfig, temp_dir: str) -> None:
             _temp_dir=temp_dir,
         )
     except Exception as error:  # Ray raises bare ones here.
-        raise RunFault(f"Ray did not start: {_one_line(error)}; is the machine overloaded or out of memory?") from error
+        raise RunFault(f"Ray did not start: {one_line(error)}; is the machine overloaded or out of memory?") from error
 
 
 def _end_process(address: dict[str, Any] | None) -> None:
@@ -680,12 +781,3 @@ def _end_process(address: dict[str, Any] | None) -> None:
         process = psutil.Process(address["pid"])
         if process.name().startswith("ray::"):
             process.kill()
-
-
-def _one_line(error: BaseException) -> str:
-    """Returns the last line of an error's text that says anything, without Ray's frames."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    if isinstance(error, RayTaskError):
-        return f"{type(cause).__name__}: {lines[-1] if lines else ''}"
-    return lines[0] if lines else type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -171,17 +171,23 @@ class Learner:
         self._losses.clear()
         stats.num_ready_batches = self._source.num_ready()
         stats.num_dropped_batches, stats.last_fault = self._source.num_dropped_batches, self._source.last_fault
+        if self._saving is not None and self._saving.done():
+            error = self._saving.exception()
+            fault = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+            stats.checkpoint_fault = fault if error is not None else None
         return stats
 
     def save(self, run: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Array]] = MappingProxyType({})) -> str:
         """Writes a checkpoint and returns its name, when it is on the disk; see `begin_save`."""
+        if self._saving is not None:
+            wait([self._saving])
         self.begin_save(run, tensors)
         name = self.saved(timeout_seconds=None)
         assert name is not None
         return name
 
     def begin_save(self, run: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Array]] = MappingProxyType({})) -> None:
-        """Copies what a checkpoint holds, and has it written on a thread while updates go on.
+        """Copies what a checkpoint holds, and has it written on a thread while updates go on; not while one before it is being written.
 
         Args:
           run: what others than the learner want to find again, plain values: a part of `meta` for each name.
@@ -190,6 +196,8 @@ class Learner:
         Raises:
           NonFiniteError: for a parameter that is not finite; nothing is written then.
         """
+        if self._saving is not None and not self._saving.done():
+            return
         self._settle()
         for name, parameter in self._online.named_parameters():
             if not torch.isfinite(parameter).all():

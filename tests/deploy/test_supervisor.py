@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import RayActorError
 
+from common.errors import CheckpointError
 from common.metrics import LearnerStats
 from deploy import supervisor
 from deploy.progress import Progress
@@ -34,7 +35,7 @@ def learner_stats(updates):
 
 
 class FakeRay:
-    """Answers at once what was written down for a call."""
+    """Answers at once what was written down for a call; None to whom does not wait for more than its end."""
 
     def __init__(self):
         self.answers = {}
@@ -45,7 +46,9 @@ class FakeRay:
         return ready, [call for call in calls if call not in ready]
 
     def get(self, call, timeout):
-        answer = self.answers[call]
+        if isinstance(call, list):
+            return [self.get(one, timeout) for one in call]
+        answer = self.answers.get(call)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -55,7 +58,7 @@ class FakeRay:
 
 
 class FakeWorker:
-    """A learner whose calls are strings in the order in which they were made."""
+    """A worker whose calls are strings in the order in which they were made."""
 
     def __init__(self, name, made):
         def record(method, *args):
@@ -74,11 +77,10 @@ def under_test(tmp_path, monkeypatch):
     recorder = SimpleNamespace(event=events.append, row=lambda: None)
     config = gridworld()
     tested = Supervisor(config, None, SimpleNamespace(path=tmp_path), Progress(config, {}), recorder, lambda: False)
-    monkeypatch.setattr(supervisor.run_dirs, "newest_checkpoint_path", lambda path: tmp_path / "0000000040")
+    monkeypatch.setattr(supervisor.checkpoints, "paths", lambda path: [tmp_path / "0000000030", tmp_path / "0000000040"])
     saved = SimpleNamespace(meta={"updates": 40, "samples": 40 * 64})
     monkeypatch.setattr(supervisor.checkpoints, "read", lambda path: saved)
     monkeypatch.setattr(tested, "_note_worker", lambda name, address: None)
-    monkeypatch.setattr(tested, "_save", lambda: "0000000075")
 
     def make():
         tested._learners = [FakeWorker(f"learner.{tested._progress.epoch}", made)]
@@ -162,15 +164,97 @@ def test_a_learner_that_makes_updates_between_its_deaths_is_restarted_every_time
     assert tested._progress.epoch == 12
 
 
-def test_a_checkpoint_is_asked_for_between_two_calls_of_the_learner(under_test, monkeypatch):
+def test_a_checkpoint_is_begun_between_two_calls_of_the_learner_when_all_shards_have_saved(under_test):
     tested, ray, made, _ = under_test
-    saved = []
-    monkeypatch.setattr(tested, "_save", lambda: saved.append(made[-1]))
+    tested._shards = [FakeWorker("shard0", made), FakeWorker("shard1", made)]
+    tested._shard_states = [{"old": 0}, {"old": 1}]
     answer(tested, ray, None)
     tested._next_checkpoint = 0.0
-    assert not saved  # It is due, and a call is under way, which may hang.
+    assert not any("save" in name for name in made), "it is due, and a call is under way, which may hang"
     answer(tested, ray, learner_stats(75))
-    assert saved == ["learner.0.run"] and made[-1] == "learner.0.run" and tested._next_checkpoint > time.monotonic()
+    assert made[-3:] == ["shard0.save", "shard1.save", "learner.0.run"] and tested._next_checkpoint > time.monotonic()
+    saving = {expected.worker_index: call for call, expected in tested._calls.items() if expected.role == "saving"}
+    ray.answers[saving[0]] = {"new": 0}
+    answer(tested, ray, learner_stats(76))
+    assert made[-1] == "learner.0.run" and "learner.0.begin_save" not in made, "a shard is still saving"
+    ray.answers[saving[1]] = RayActorError()
+    tested._take_answers()
+    answer(tested, ray, learner_stats(77))
+    assert made[-2:] == ["learner.0.begin_save", "learner.0.run"]
+    assert tested._shard_states == [{"new": 0}, {"old": 1}], "one that is away stays as it was at the checkpoint before"
+
+
+def test_a_learner_goes_on_from_the_checkpoint_before_where_the_newest_was_altered(under_test, monkeypatch):
+    tested, ray, _, events = under_test
+
+    def read(path):
+        if path.name == "0000000040":
+            raise CheckpointError(f"checkpoint {path}: its checksum is wrong; move it away")
+        return SimpleNamespace(meta={"updates": 30, "samples": 30 * 64})
+
+    monkeypatch.setattr(supervisor.checkpoints, "read", read)
+    answer(tested, ray, None)
+    answer(tested, ray, RayActorError())
+    assert tested._progress.updates == 30
+    assert "its checksum is wrong" in events[-2] and "goes on from checkpoint 0000000030" in events[-1]
+
+
+def actor_calls(tested):
+    return [call for call, expected in tested._calls.items() if expected.role == "actor"]
+
+
+def test_an_actor_that_dies_again_and_again_begins_later_and_later_and_ends_the_run(under_test, monkeypatch):
+    """It is the only one. Kills: an endless restart, one that blocks the loop, a display that says nothing."""
+    tested, ray, made, _ = under_test
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: clock.now)
+
+    def start(slot):
+        tested._actors[slot] = FakeWorker(f"actor{slot}", made)
+        made.append("actor.build")
+        tested._expect(f"actor#{len(made)}", "actor", slot)
+
+    monkeypatch.setattr(tested, "_start_actor", start)
+    start(0)
+    begun = []
+    for delay in (0.0, 1.0, 2.0, 4.0):
+        (call,) = actor_calls(tested)
+        ray.answers[call] = RayActorError()
+        tested._take_answers()
+        assert tested._progress.degraded() == ["actor 0 died"]
+        if delay:
+            clock.now += delay - 0.1
+            tested._start_again()
+            assert not actor_calls(tested)
+            clock.now += 0.1
+        tested._start_again()
+        assert len(actor_calls(tested)) == 1 and not tested._progress.degraded()
+        begun.append(clock.now)
+    assert begun == [0.0, 1.0, 3.0, 7.0]
+    (call,) = actor_calls(tested)
+    ray.answers[call] = RayActorError()
+    with pytest.raises(RunFault, match="actor 0 died 5 times within 60 s"):
+        tested._take_answers()
+
+
+def test_a_silent_worker_is_named_and_then_answers_again_or_is_given_up(under_test, monkeypatch):
+    tested, ray, _, events = under_test
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: clock.now)
+    answer(tested, ray, None)
+    clock.now += 9.0
+    tested._take_answers()
+    assert not tested._progress.degraded()
+    clock.now += 2.0
+    tested._take_answers()
+    tested._take_answers()
+    assert tested._progress.degraded() == ["the learner is silent"]
+    assert sum("silent" in event for event in events) == 1
+    answer(tested, ray, learner_stats(75))
+    assert not tested._progress.degraded() and events[-1] == "the learner answers again"
+    clock.now += 61.0
+    tested._take_answers()
+    assert "the learner died (it gave no answer: it hangs)" in events[-1]
 
 
 @pytest.mark.parametrize(
