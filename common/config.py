@@ -309,7 +309,8 @@ class ActorsConfig:
     """Encoded planes after which a chunk is sent. Ray carries up to 100 KiB inside the call, without its object store."""
 
     max_in_flight_chunks: int = 4
-    """Chunks that an actor has sent and no shard has answered yet; at that number it waits."""
+    """Chunks that an actor has sent and no shard has answered yet, over all shards: each has an equal part, at least one. At that number it
+    waits."""
 
     pull_period_steps: int = 50
     """Vector steps between two looks for newer parameters; looking never blocks. Ape-X: 400 frames, 100 steps. A distributed
@@ -647,7 +648,9 @@ class RunConfig:
         """The buffer in use: the given one, or what holds a batch and every chunk that may be in flight."""
         if self.replay.limiter_buffer_samples is not None:
             return self.replay.limiter_buffer_samples
-        in_flight = self.actors.num_actors * self.actors.max_in_flight_chunks * self.actors.chunk_transitions
+        num_shards = self.replay.num_shards
+        num_chunks = -(-self.actors.max_in_flight_chunks // num_shards) * num_shards
+        in_flight = self.actors.num_actors * num_chunks * self.actors.chunk_transitions
         return max(self.min_limiter_buffer_samples, math.ceil((self.replay.samples_per_insert or 0.0) * in_flight))
 
 

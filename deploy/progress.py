@@ -42,6 +42,8 @@ class Progress:
         if is_exact:
             self.incarnation_of = {int(slot): incarnation - 1 for slot, incarnation in counters["incarnations"].items()}
         self.earlier_seconds: float = counters.get("wall_seconds", 0.0)
+        self.after_checkpoint = (0, 0)
+        """Updates and env steps of the command before, after the checkpoint from which this one goes on."""
         self.started = time.monotonic()
         self.ledger = Ledger()
         self.actors: dict[int, ActorStats] = {}
@@ -189,11 +191,16 @@ class Progress:
         sentences += [self.learner.waits_for] if self.learner and self.learner.waits_for else []
         return sorted(set(sentences))
 
-    def replay_sentence(self) -> str:
-        """Returns what came back of the replay."""
+    def restored_sentence(self, checkpoint: str) -> str:
+        """Returns what came back of a run that goes on from this checkpoint, and what did not."""
         size = sum(shard.size for shard in self.shards)
-        lost = [f"{number:,} {cause}" for shard in self.shards for cause, number in shard.lost.items()]
-        return f"{size:,} transitions are back in the replay; lost since the run began: {', '.join(lost) or 'none'}"
+        updates, steps = self.after_checkpoint
+        lost = [f"{updates:,} updates and {steps:,} env steps after it"] if updates or steps else []
+        lost += [f"{number:,} transitions ({cause})" for cause, number in self.ledger.balance(self.shards)["lost"].items()]
+        return (
+            f"restored from checkpoint {checkpoint}: networks, optimizer and counters of update {self.updates:,}, epsilon of env step "
+            f"{self.env_steps:,}, {size:,} transitions in {len(self.shards)} shards; lost: {', '.join(lost) or 'nothing'}"
+        )
 
     def row(self) -> dict[str, Any]:
         """Returns one flat row of metrics; rates are since the row before."""

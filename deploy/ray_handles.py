@@ -58,9 +58,13 @@ class Worker:
             return f"{host}:{free.getsockname()[1]}"
 
     def call(self, method: str, *args: Any, **named: Any) -> Any:
+        """Calls one of the role's methods. A role that runs out of memory in it may be half changed: its process ends."""
         if self._role is None:
             raise NotBuiltError("this process has no role yet")
-        return getattr(self._role, method)(*args, **named)
+        try:
+            return getattr(self._role, method)(*args, **named)
+        except MemoryError:
+            os._exit(1)
 
 
 class _Sent(NamedTuple):
@@ -73,44 +77,48 @@ class _Sent(NamedTuple):
 
 
 class RayReplayWriter:
-    """An actor's way to all shards: bounded chunks in flight, in turn to those shards that ask for no pause.
+    """An actor's way to all shards: bounded chunks in flight to each, in turn to those that ask for no pause.
 
-    A chunk whose shard dies before it answers is not sent again, since the shard may have taken it: when the shard is back it is
-    asked, and what it has not is lost, counted by cause.
+    So a shard that hangs holds its own part of the chunks back, and no actor. A chunk whose shard dies before it answers is not sent
+    again, since the shard may have taken it: when the shard is back it is asked, and what it has not is lost, counted by cause.
     """
 
     def __init__(self, shards: list[Any], max_in_flight: int, first_shard: int) -> None:
+        """`max_in_flight` is over all shards, of which each has an equal part, at least one chunk."""
         self._shards = shards
         self._unknown: list[_Sent] = []  # Whose shards died before they answered.
-        self._max_in_flight = max_in_flight
+        self._max_per_shard = -(-max_in_flight // len(shards))
         self._next = first_shard % len(shards)
         self._in_flight: dict[Any, _Sent] = {}  # By reference.
+        self._num_in_flight = [0] * len(shards)
         self._waits_for: list[str | None] = [None] * len(shards)
         self._ask_again_at = [0.0] * len(shards)
+        self._asked: dict[Any, int] = {}  # By reference: shards that were asked whether they take more.
         self._counts = PushCounts()
 
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         deadline = time.monotonic() + timeout_seconds
         while True:
+            self._ask_shards()
             self._collect(0.0)
-            full = len(self._in_flight) >= self._max_in_flight
-            if not full and None in self._waits_for:
+            if any(self._takes(shard) for shard in range(len(self._shards))):
                 return None
             rest = deadline - time.monotonic()
             if rest <= 0:
-                sentence = next((s for s in self._waits_for if s is not None), "")
-                return f"actors wait for the shards to take {len(self._in_flight)} chunks" if full else sentence
-            if full:
-                self._collect(rest)
-            elif not self._ask_shards(rest):
+                sentence = next((s for s in self._waits_for if s is not None), None)
+                return sentence or f"actors wait for the shards to take {len(self._in_flight)} chunks"
+            if self._in_flight or self._asked:
+                self._collect(min(_POLL_SECONDS, rest))
+            else:
                 time.sleep(min(_POLL_SECONDS, rest))
 
     def push(self, chunk: TransitionChunk) -> None:
-        while self._waits_for[self._next] is not None:
+        while not self._takes(self._next):
             self._next = (self._next + 1) % len(self._shards)
         reference = self._shards[self._next].call.remote("insert", wire.pack(chunk))
         identity = (chunk.actor_slot, chunk.incarnation, chunk.seq)
         self._in_flight[reference] = _Sent(self._next, chunk.num_transitions, identity)
+        self._num_in_flight[self._next] += 1
         self._next = (self._next + 1) % len(self._shards)
 
     def counts(self) -> PushCounts:
@@ -126,34 +134,52 @@ class RayReplayWriter:
         for sent in (*self._in_flight.values(), *self._unknown):
             self._lose("unanswered at the end", sent.num_transitions)
         self._in_flight.clear()
+        self._num_in_flight = [0] * len(self._shards)
         self._unknown.clear()
+
+    def _takes(self, shard: int) -> bool:
+        return self._waits_for[shard] is None and self._num_in_flight[shard] < self._max_per_shard
 
     def _collect(self, timeout_seconds: float) -> None:
         """Takes in answers that are there, waiting for one at most so long."""
-        if not self._in_flight:
+        references = [*self._in_flight, *self._asked]
+        if not references:
             return
-        references = list(self._in_flight)
         ready, _ = ray.wait(references, num_returns=len(references), timeout=0)
         if not ready and timeout_seconds > 0:
             ready, _ = ray.wait(references, num_returns=1, timeout=timeout_seconds)
         for reference in ready:
-            sent = self._in_flight.pop(reference)
-            shard = sent.shard
-            try:
-                reply: InsertReply = ray.get(reference, timeout=10)
-                self._counts.inserted += reply.num_inserted
-                self._counts.refused += reply.num_refused
-                self._lose(
-                    f"shard {shard} could not read a chunk", sent.num_transitions - reply.num_inserted - reply.num_refused
-                )
-                self._waits_for[shard] = reply.waits_for
-                self._ask_again_at[shard] = time.monotonic() + _POLL_SECONDS
-            except RayError as error:
-                if isinstance(error, RayTaskError) and isinstance(error.cause, NotBuiltError):
-                    self._lose(f"shard {shard} was away", sent.num_transitions)
-                else:
-                    self._unknown.append(sent)
-                self._mark_away(shard)
+            if reference in self._asked:
+                self._on_permission(self._asked.pop(reference), reference)
+            else:
+                self._on_reply(self._in_flight.pop(reference), reference)
+
+    def _on_reply(self, sent: _Sent, reference: Any) -> None:
+        shard = sent.shard
+        self._num_in_flight[shard] -= 1
+        try:
+            reply: InsertReply = ray.get(reference, timeout=10)
+        except RayError as error:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, NotBuiltError):
+                self._lose(f"shard {shard} was away", sent.num_transitions)
+            else:
+                self._unknown.append(sent)
+            self._mark_away(shard)
+            return
+        self._counts.inserted += reply.num_inserted
+        self._counts.refused += reply.num_refused
+        self._lose(f"shard {shard} could not read a chunk", sent.num_transitions - reply.num_inserted - reply.num_refused)
+        self._waits_for[shard] = reply.waits_for
+        self._ask_again_at[shard] = time.monotonic() + _POLL_SECONDS
+
+    def _on_permission(self, shard: int, reference: Any) -> None:
+        try:
+            self._waits_for[shard] = ray.get(reference, timeout=10)
+        except RayError:
+            self._mark_away(shard)
+            return
+        self._ask_again_at[shard] = time.monotonic() + _POLL_SECONDS
+        self._settle_unknown(shard, 10.0)
 
     def _settle_unknown(self, shard: int, timeout_seconds: float) -> None:
         """Asks a shard that is back which of the chunks that it had not answered for it has."""
@@ -176,20 +202,13 @@ class RayReplayWriter:
         if num_transitions:
             self._counts.lost[cause] = self._counts.lost.get(cause, 0) + num_transitions
 
-    def _ask_shards(self, timeout_seconds: float) -> bool:
-        """Asks paused shards whose time has come whether they take more; returns whether any was asked."""
+    def _ask_shards(self) -> None:
+        """Asks paused shards whose time has come whether they take more."""
         now = time.monotonic()
-        due = [i for i, waits_for in enumerate(self._waits_for) if waits_for is not None and now >= self._ask_again_at[i]]
-        for shard in due:
-            try:
-                self._waits_for[shard] = ray.get(self._shards[shard].call.remote("ask_to_insert"), timeout=timeout_seconds)
-                self._ask_again_at[shard] = time.monotonic() + _POLL_SECONDS
-                self._settle_unknown(shard, timeout_seconds)
-            except GetTimeoutError:
-                self._waits_for[shard] = f"actors wait for shard {shard} to answer"
-            except RayError:
-                self._mark_away(shard)
-        return bool(due)
+        asked = set(self._asked.values())
+        for shard, waits_for in enumerate(self._waits_for):
+            if waits_for is not None and shard not in asked and now >= self._ask_again_at[shard]:
+                self._asked[self._shards[shard].call.remote("ask_to_insert")] = shard
 
     def _mark_away(self, shard: int) -> None:
         self._waits_for[shard] = f"actors wait for shard {shard} to come back"

@@ -123,8 +123,8 @@ def _make(
     for note in notes:
         recorder.event(note)
     progress.shards = [shard.stats() for shard in shards]
-    if run_dir.meta:
-        recorder.event(progress.replay_sentence())
+    if run_dir.checkpoint is not None:
+        recorder.event(progress.restored_sentence(run_dir.checkpoint.name))
     store = ParamsStore()
     readers = [LocalReplayReader(shard) for shard in shards]
     saved = checkpoints.read(run_dir.checkpoint) if run_dir.checkpoint is not None else None

@@ -153,8 +153,8 @@ class Supervisor:
         for name, address in zip(names, addresses, strict=True):
             self._note_worker(name, address)
         self._read_shards()
-        if self._run_dir.meta:
-            self._recorder.event(self._progress.replay_sentence())
+        if self._run_dir.checkpoint is not None:
+            self._recorder.event(self._progress.restored_sentence(self._run_dir.checkpoint.name))
         if self._save() is None:
             raise RunFault("a run begins with a checkpoint, and none could be written")
         self._start_learners()

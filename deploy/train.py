@@ -92,11 +92,11 @@ def _announce(recorder: Recorder, run_dir: run_dirs.RunDirectory, progress: Prog
         return
     rows = read_rows(run_dir.path) if (run_dir.path / "metrics.jsonl").exists() else []
     last = rows[-1] if rows else {}
-    updates, steps = (
-        max(last.get(name, 0) - now, 0) for name, now in (("updates", progress.updates), ("env_steps", progress.env_steps))
+    progress.after_checkpoint = (
+        max(last.get("updates", 0) - progress.updates, 0),
+        max(last.get("env_steps", 0) - progress.env_steps, 0),
     )
-    after = f"; {updates:,} updates and {steps:,} env steps came after that checkpoint" if updates or steps else ""
-    recorder.event(f"continuing {run_dir.path} from update {progress.updates:,} and env step {progress.env_steps:,}{after}")
+    recorder.event(f"continuing {run_dir.path} from update {progress.updates:,} and env step {progress.env_steps:,}")
     if run_dir.set_aside:
         recorder.event(
             f"newer checkpoints are in {run_dir.set_aside[0].parent} now: {', '.join(p.name for p in run_dir.set_aside)}"

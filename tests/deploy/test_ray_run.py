@@ -1,65 +1,15 @@
 """Whole runs on a local Ray of their own, driven from outside as a user would: kill, interrupt, go on."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
-
-from deploy.plots import read_rows
+from ray_runs import Run
 
 pytestmark = pytest.mark.ray
 
-COMMAND = [
-    sys.executable,
-    "-m",
-    "deploy",
-    "train",
-    "gridworld",
-    "--log-period-seconds",
-    "1",
-    "--evaluation.final-episodes",
-    "5",
-]
+COMMAND = ["train", "gridworld", "--log-period-seconds", "1", "--evaluation.final-episodes", "5"]
 FLEET = ["--actors.num-actors", "3", "--replay.num-shards", "2", "--actors.num-envs", "2", "--evaluation.period-seconds", "1"]
-
-
-class Run:
-    """A `qfleet train` in a process of its own."""
-
-    def __init__(self, path, *words, module=COMMAND[1:3]):
-        self.path = path
-        self.log = path.with_name(f"{time.monotonic_ns()}.log")
-        command = [COMMAND[0], *module, *COMMAND[3:], *FLEET, "--run-dir", str(path), *words]
-        with self.log.open("w") as log:
-            environment = os.environ | {"RAY_AUTH_MODE": "token"}
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-    def wait_for(self, what, condition, seconds=120):
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, f"waited {seconds} s for {what}: {self.log.read_text()}"
-            time.sleep(0.2)
-
-    def rows(self):
-        return read_rows(self.path) if (self.path / "metrics.jsonl").exists() else []
-
-    def updates(self):
-        rows = self.rows()
-        return rows[-1]["updates"] if rows else 0
-
-    def workers(self):
-        return json.loads((self.path / "workers.json").read_text())
-
-    def end(self, seconds=90):
-        status = self.process.wait(seconds)
-        summary = json.loads((self.path / "summary.json").read_text())
-        assert "Traceback" not in self.log.read_text()
-        return status, summary
 
 
 @pytest.fixture
@@ -67,7 +17,7 @@ def start(tmp_path):
     runs = []
 
     def begin(*words, **named):
-        runs.append(Run(tmp_path / "run", *words, **named))
+        runs.append(Run(tmp_path / "run", *COMMAND, *FLEET, "--run-dir", tmp_path / "run", *words, **named))
         return runs[-1]
 
     yield begin
@@ -89,8 +39,8 @@ def test_a_killed_actor_is_replaced_and_an_interrupted_run_goes_on(start):
     run.process.send_signal(signal.SIGINT)
     status, first = run.end()
     assert status == 130 and first["stopped_by"] == "interrupted"
-    assert "actor 1 died" in run.log.read_text()
-    assert "the learner has published" not in run.log.read_text()  # No alarm about any actor, the new one included.
+    assert "actor 1 died" in run.text()
+    assert "the learner has published" not in run.text()  # No alarm about any actor, the new one included.
     _check_ledger(first["ledger"], lost_causes={"actor died"})
     assert [path.name for path in sorted((run.path / "checkpoints").iterdir())][-1].startswith(f"{first['updates']:010d}")
 
@@ -113,7 +63,7 @@ def test_a_killed_learner_goes_on_from_its_checkpoint(start):
     run.process.send_signal(signal.SIGINT)
     status, summary = run.end()
     assert status == 130 and summary["updates"] > newest + 50
-    assert run.log.read_text().count("it goes on from checkpoint") == 1
+    assert run.text().count("it goes on from checkpoint") == 1
     _check_ledger(summary["ledger"], lost_causes=set())
 
 
@@ -132,7 +82,7 @@ def test_a_killed_rank_restarts_all_and_the_run_ends_well(start):
     run.process.send_signal(signal.SIGINT)
     status, summary = run.end()
     assert status == 130
-    assert "the learner died" in run.log.read_text() and "it goes on from checkpoint" in run.log.read_text()
+    assert "the learner died" in run.text() and "it goes on from checkpoint" in run.text()
     _check_ledger(summary["ledger"], lost_causes=set())
 
     again = start("--max-updates", str(summary["updates"] + 50), *ranks)
@@ -140,13 +90,20 @@ def test_a_killed_rank_restarts_all_and_the_run_ends_well(start):
     assert status == 0 and second["updates"] == summary["updates"] + 50
 
 
-def test_a_killed_store_ends_the_run_and_is_named(start):
-    """Nobody waits for the store's answers, so without a sign of life actors would act with old parameters for ever."""
-    run = start("--max-updates", "1000000")
+def test_a_killed_store_comes_back_and_actors_get_newer_parameters(start):
+    """Behind the same handle, empty. Kills: one that stays empty, so that actors act with old parameters for ever."""
+    run = start("--max-updates", "1000000", "--actors.params-alarm-seconds", "10")
     run.wait_for("updates", lambda: run.updates() > 5)
-    os.kill(run.workers()["store"]["pid"], signal.SIGKILL)
+    victim = run.workers()["store"]["pid"]
+    os.kill(victim, signal.SIGKILL)
+    run.wait_for("a new store", lambda: run.workers()["store"]["pid"] != victim)
+    then = run.updates()
+    run.wait_for("an evaluation of newer parameters", lambda: run.rows()[-1].get("evaluator/params_version", 0) > then)
+    run.process.send_signal(signal.SIGINT)
     status, summary = run.end()
-    assert status == 1 and "the params store: the worker died" in summary["fault"]
+    assert status == 130 and "the params store is back; the learner publishes again" in run.text()
+    assert "stand still" not in run.text()
+    _check_ledger(summary["ledger"], lost_causes=set())
 
 
 def test_sigterm_writes_a_checkpoint_and_ends_cleanly(start):
@@ -181,12 +138,12 @@ sys.exit(cli.main(sys.argv[1:]))
 
 def test_an_actor_that_never_gets_parameters_is_named(start):
     run = start("--max-updates", "1000000", "--actors.params-alarm-seconds", "5", module=["-c", DEAF])
-    run.wait_for("the alarm", lambda: "never received parameters" in run.log.read_text())
+    run.wait_for("the alarm", lambda: "never received parameters" in run.text())
     rows = len(run.rows())
     run.wait_for("more rows", lambda: len(run.rows()) > rows + 8)
     run.process.send_signal(signal.SIGINT)
     status, _ = run.end()
-    alarms = [line for line in run.log.read_text().splitlines() if "the learner has published" in line]
+    alarms = [line for line in run.text().splitlines() if "the learner has published" in line]
     assert status == 130 and len(alarms) == 1 and "actor 1 has never received parameters and acts for" in alarms[0]
     row = run.rows()[-2]
     # Actors 0 and 2 stay near the learner, actor 1 where it began.
