@@ -67,6 +67,12 @@ class LearnerStats:
     last_fault: str | None
     checkpoint_fault: str | None = None
     """Why the last checkpoint could not be written, or None."""
+    update_interval_p50_seconds: float = math.nan
+    """From the end of an update to the end of the next, since the last report: the median; NaN where there were none."""
+    update_interval_p99_seconds: float = math.nan
+    """The same, exceeded by one in a hundred."""
+    checkpoint_pause_seconds: float = math.nan
+    """The longest such interval while a checkpoint was copied and written that came to its end since the last report."""
 
 
 @dataclass(slots=True)

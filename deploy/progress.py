@@ -250,6 +250,9 @@ class Progress:
             "learner/busy_fraction": self._rate("learner_busy", stats.busy_seconds, seconds),
             "learner/ready_batches": stats.num_ready_batches,
             "learner/dropped_batches": stats.num_dropped_batches,
+            "learner/update_interval_p50_seconds": stats.update_interval_p50_seconds,
+            "learner/update_interval_p99_seconds": stats.update_interval_p99_seconds,
+            "learner/checkpoint_pause_seconds": stats.checkpoint_pause_seconds,
         }
 
     def _shard_row(self) -> dict[str, Any]:

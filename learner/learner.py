@@ -100,6 +100,9 @@ class Learner:
             last_fault=None,
         )
         self._losses: list[float] = []
+        self._intervals: list[float] = []  # Between the ends of updates.
+        self._last_end: float | None = None
+        self._pause: float | None = None  # The longest of them since a checkpoint was begun; None while there is none.
         self._saver = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[Path] | None = None
 
@@ -169,6 +172,13 @@ class Learner:
         self._read_reports(0)
         stats.loss = float(np.mean(self._losses)) if self._losses else float("nan")
         self._losses.clear()
+        stats.update_interval_p50_seconds, stats.update_interval_p99_seconds = (
+            np.percentile(self._intervals, (50, 99)).tolist() if self._intervals else (float("nan"), float("nan"))
+        )
+        self._intervals.clear()
+        stats.checkpoint_pause_seconds = float("nan")
+        if self._pause is not None and self._saving is not None and self._saving.done():
+            stats.checkpoint_pause_seconds, self._pause = self._pause, None
         stats.num_ready_batches = self._source.num_ready()
         stats.num_dropped_batches, stats.last_fault = self._source.num_dropped_batches, self._source.last_fault
         if self._saving is not None and self._saving.done():
@@ -220,6 +230,7 @@ class Learner:
         saved = checkpoints.Checkpoint(
             tensors={name: _to_numpy(part) for name, part in state.items()} | dict(tensors), meta=meta
         )
+        self._pause = 0.0
         directory, kept = self._run_dir / "checkpoints", self._config.checkpoints_kept
         self._saving = self._saver.submit(checkpoints.write, directory, self.updates, saved, kept=kept)
 
@@ -299,7 +310,13 @@ class Learner:
         self._anneal()
         if stats.updates % self._config.publish_period_updates == 0 and self._is_first:
             self.publish()
-        stats.busy_seconds += time.monotonic() - started
+        now = time.monotonic()
+        stats.busy_seconds += now - started
+        if self._last_end is not None:
+            self._intervals.append(now - self._last_end)
+            if self._pause is not None:
+                self._pause = max(self._pause, now - self._last_end)
+        self._last_end = now
 
     def _anneal(self) -> None:
         """Sets what changes over the run: the importance exponent of batches that are drawn from now on, and the learning rate."""

@@ -316,3 +316,30 @@ def test_asking_for_a_gpu_that_is_not_there_says_what_to_do():
 def test_rmsprop_is_centred(make_learner):
     learner, *_ = make_learner(optimizer="rmsprop")
     assert make_optimizer(learner._config, learner._online, torch.device("cpu")).param_groups[0]["centered"]
+
+
+def test_the_longest_interval_between_updates_is_told_and_that_of_a_checkpoint_once(make_learner, monkeypatch):
+    """Kills: a pause before the first update of the next call, which is where a checkpoint is copied."""
+    from types import SimpleNamespace
+
+    from learner import learner as module
+
+    learner, *_ = make_learner()
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    for _ in range(100):
+        clock.now += 0.02
+        steps(learner, 1)
+    stats = learner.stats()
+    assert stats.update_interval_p50_seconds == pytest.approx(0.02) == stats.update_interval_p99_seconds
+    assert np.isnan(stats.checkpoint_pause_seconds)
+    learner.begin_save({})
+    for seconds in (0.5, 0.02, 0.02):
+        clock.now += seconds
+        steps(learner, 1)
+    assert learner.saved(10.0) is not None
+    assert learner.stats().checkpoint_pause_seconds == pytest.approx(0.5)
+    clock.now += 3.0
+    steps(learner, 1)
+    assert learner.stats().update_interval_p50_seconds == pytest.approx(3.0)
+    assert np.isnan(learner.stats().checkpoint_pause_seconds) and np.isnan(learner.stats().update_interval_p50_seconds)
