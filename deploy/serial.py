@@ -84,8 +84,8 @@ def run_serial(
                 recorder.row()
             if now >= next_checkpoint + config.learner.checkpoint_period_seconds:
                 next_checkpoint = now
-                _save(system, progress, logs)
-        _save(system, progress, logs)
+                _save(system, progress, recorder, logs)
+        _save(system, progress, recorder, logs)
     except NonFiniteError as error:
         stopped_by, fault = "non_finite", str(error)
     _collect(progress, actors, learner, shards)
@@ -142,8 +142,8 @@ def _make(
     return system
 
 
-def _save(system: System, progress: Progress, logs: ReplayLogs) -> None:
-    """Writes a checkpoint of everything, between two steps."""
+def _save(system: System, progress: Progress, recorder: Recorder, logs: ReplayLogs) -> None:
+    """Writes a checkpoint of everything, between two steps; where the disk does not take it, that is told, and the run goes on."""
     shards, store, learner, actors, writers = system
     tensors, values = {}, []
     for actor in actors:
@@ -153,15 +153,16 @@ def _save(system: System, progress: Progress, logs: ReplayLogs) -> None:
     snapshot = store.latest(-1, -1)
     tensors["serial"] = {f"part{i}": part for i, part in enumerate(parts) if part is not None}
     tensors["serial"] |= {"snapshot": snapshot} if snapshot is not None else {}
-    learner.save(
-        {
-            "run_counters": progress.counters(),
-            "replay_layout": logs.layout,
-            "shards": [shard.save(progress.config.learner.checkpoints_kept) for shard in shards],
-            "serial": {"actors": values, "writers": [writer.state() for writer in writers]},
-        },
-        tensors,
-    )
+    run = {
+        "run_counters": progress.counters(),
+        "replay_layout": logs.layout,
+        "shards": [shard.save(progress.config.learner.checkpoints_kept) for shard in shards],
+        "serial": {"actors": values, "writers": [writer.state() for writer in writers]},
+    }
+    try:
+        learner.save(run, tensors)
+    except OSError as error:
+        recorder.event(f"no checkpoint could be written ({error.filename}: {error.strerror}); those before it are kept")
 
 
 def _restore(system: System, tensors: Mapping[str, Mapping[str, Array]], meta: Mapping[str, Any]) -> None:
