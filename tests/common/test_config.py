@@ -336,13 +336,16 @@ def run_of(*, batch_size, samples_per_insert, chunk_transitions, num_shards=1, b
 
 
 def test_limiter_buffer_holds_a_batch_and_every_chunk_in_flight():
-    """Kills: the chunks of one actor only; the ratio left out; the shards left out of the least buffer; floor for ceil."""
+    """Kills: the chunks of one actor only; the ratio left out; the shards left out of either buffer; floor for ceil."""
     config = run_of(batch_size=32, samples_per_insert=8.0, chunk_transitions=10)
     assert (config.min_limiter_buffer_samples, config.limiter_buffer_samples) == (8 * 10, 8 * 10 * 3 * 2)
     config = run_of(batch_size=512, samples_per_insert=8.0, chunk_transitions=10)
     assert (config.min_limiter_buffer_samples, config.limiter_buffer_samples) == (512, 512)
     config = run_of(batch_size=4, samples_per_insert=0.7, chunk_transitions=15, num_shards=4)
-    assert (config.min_limiter_buffer_samples, config.limiter_buffer_samples) == (11 * 4, 63)  # ceil(10.5), 0.7 * 90
+    assert (config.min_limiter_buffer_samples, config.limiter_buffer_samples) == (
+        11 * 4,
+        126,
+    )  # ceil(10.5), 0.7 * 180: one to each shard
     config = run_of(batch_size=32, samples_per_insert=8.0, chunk_transitions=10, buffer=81)
     assert (config.min_limiter_buffer_samples, config.limiter_buffer_samples) == (80, 81)
     config = run_of(batch_size=32, samples_per_insert=None, chunk_transitions=10)

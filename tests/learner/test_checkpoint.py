@@ -38,7 +38,7 @@ def test_a_second_checkpoint_of_as_many_updates_is_the_newer_one(tmp_path):
 
 def test_a_write_that_was_cut_short_is_no_checkpoint_and_is_replaced(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "disk full")))
         with pytest.raises(OSError, match="disk full"):
             checkpoints.write(tmp_path, 7, some(), kept=2)
     assert checkpoints.paths(tmp_path) == []
