@@ -112,6 +112,8 @@ class LogStats:
     """Deleted before they were evicted, to keep to the budget: a restart loses them."""
     fault: str | None
     """Why nothing is written now, or None."""
+    damages: list[str]
+    """What could not be read of it when the shard began, a sentence each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

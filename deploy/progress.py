@@ -60,6 +60,7 @@ class Progress:
         """By role and index: a sentence for each worker that does not do its part now."""
         self._known_faults: dict[str, int] = {}
         self._known_disk_faults: dict[str, str] = {}
+        self._known_damages: set[str] = set()
         self._evaluation_is_new = False
         self._evaluation_began = (0.0, 0)
         self._previous: dict[str, float] = {}
@@ -159,7 +160,7 @@ class Progress:
         if self.learner is not None and self.learner.num_dropped_batches > self._known_faults.get("learner", 0):
             self._known_faults["learner"] = self.learner.num_dropped_batches
             sentences.append(f"{self.learner.num_dropped_batches} batches dropped so far, the last: {self.learner.last_fault}")
-        return sentences + self._new_disk_faults()
+        return sentences + self._new_disk_faults() + self._new_damages()
 
     def degraded(self) -> list[str]:
         """Returns what the run does without now: workers that are away, a disk that takes nothing."""
@@ -173,6 +174,12 @@ class Progress:
                 f"no checkpoint could be written ({self.learner.checkpoint_fault}); those before it are kept"
             )
         return faults
+
+    def _new_damages(self) -> list[str]:
+        damages = {damage for shard in self.shards if shard.log is not None for damage in shard.log.damages}
+        sentences = sorted(damages - self._known_damages)
+        self._known_damages |= damages
+        return sentences
 
     def _new_disk_faults(self) -> list[str]:
         faults = self._disk_faults()

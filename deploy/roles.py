@@ -32,13 +32,11 @@ def make_shard(
     shard_index: int,
     shard_epoch: int,
     start: ShardStart | None = None,
-    notes: list[str] | None = None,
 ) -> ReplayShard:
     """Makes shard `shard_index` with its share of all that is counted over all shards, from its log where there is one.
 
     Args:
       start: what it begins with; None: it keeps no log.
-      notes: where it says what it found damaged.
     """
     from replay_server.recovery import NO_LOG, emptied, recover
     from replay_server.replay_log import ReplayLog
@@ -70,10 +68,10 @@ def make_shard(
         )
     else:
         assert next(records, None) is None, "a new shard begins with an empty log"
-    if log is not None and config.replay.sync_seconds is not None and not config.serial:
-        log.start(config.replay.sync_seconds)
-    if notes is not None:
-        notes += [str(damage) for damage in damages]
+    if log is not None:
+        log.damages = damages
+        if config.replay.sync_seconds is not None and not config.serial:
+            log.start(config.replay.sync_seconds)
     return shard
 
 

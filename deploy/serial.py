@@ -117,12 +117,12 @@ def _make(
 ) -> System:
     """Makes all roles, new or as the checkpoint has them: to the bit where it can be."""
     is_exact = run_dir.may_go_on_exactly(config)
-    starts, notes = logs.begin(run_dir.meta, is_exact=is_exact), logs.notes
+    starts = logs.begin(run_dir.meta, is_exact=is_exact)
     run, epoch = run_dir.run, progress.epoch
-    shards = [roles.make_shard(config, spec, run, i, epoch, start, notes) for i, start in enumerate(starts)]
-    for note in notes:
-        recorder.event(note)
+    shards = [roles.make_shard(config, spec, run, i, epoch, start) for i, start in enumerate(starts)]
     progress.shards = [shard.stats() for shard in shards]
+    for note in logs.notes + progress.new_faults():
+        recorder.event(note)
     if run_dir.checkpoint is not None:
         recorder.event(progress.restored_sentence(run_dir.checkpoint.name))
     store = ParamsStore()

@@ -111,6 +111,8 @@ class ReplayLog:
     ) -> None:
         """`disk_budget` in bytes: beyond it the oldest segments go, though their items are still in memory. None: no limit."""
         self.state: Callable[[], bytes] = bytes
+        self.damages: list[Damage] = []
+        """What could not be read when the shard began: for `stats`."""
         self._directory, self._disk_budget = directory, disk_budget
         self._segment_bytes = segment_bytes if disk_budget is None else max(min(segment_bytes, disk_budget // 4), 1)
         self._clock = clock
@@ -247,6 +249,7 @@ class ReplayLog:
             num_unlogged=self._num_unlogged,
             num_dropped=self._num_dropped,
             fault=self._fault,
+            damages=list(dict.fromkeys(map(str, self.damages))),
         )
 
     def _make_room(self, num_bytes: int, first_item_id: int, num_sampled: int) -> None:

@@ -287,7 +287,7 @@ def test_twenty_minutes_of_kills_end_like_undisturbed_runs(start, tmp_path):
     returns = []
     for seed in range(5):
         path = tmp_path / f"calm{seed}"
-        words_of = [*words, "--seed", seed, "--run-dir", path, "--max-updates", min(summary["updates"], 20_000)]
+        words_of = [*words, "--seed", seed, "--run-dir", path, "--max-updates", min(summary["updates"], 8_000)]
         calm = start("train", *words_of, path=path)
         status, one = calm.end(1_300)
         assert status == 0

@@ -41,11 +41,11 @@ def start(path, num_shards):
     """Begins on what is in a directory, as a run does; returns (shards, logs, damages)."""
     found = checkpoints.paths(path / "checkpoints")
     meta = checkpoints.read(found[-1]).meta if found else {}
-    config, damages = with_shards(num_shards), []
+    config = with_shards(num_shards)
     logs = ReplayLogs(path, config)
     starts = logs.begin(meta)
-    shards = [roles.make_shard(config, SPEC, "run-a", i, 0, one, damages) for i, one in enumerate(starts)]
-    return shards, logs, damages
+    shards = [roles.make_shard(config, SPEC, "run-a", i, 0, one) for i, one in enumerate(starts)]
+    return shards, logs, [damage for shard in shards for damage in shard.stats().log.damages]
 
 
 def save(path, shards, logs, updates):
