@@ -19,7 +19,7 @@ OURS = {
 OTHERS = {
     "common": {"numpy", "msgpack", "lz4", "xxhash", "torch"},
     "actors": {"numpy", "torch", "gymnasium", "ale_py"},
-    "replay_server": {"numpy", "lz4", "msgpack"},
+    "replay_server": {"numpy", "lz4", "msgpack", "xxhash"},
     "learner": {"numpy", "torch", "safetensors", "msgpack", "lz4", "numba", "llvmlite"},
     "deploy": {
         "numpy",
@@ -34,6 +34,7 @@ OTHERS = {
         "psutil",
         "av",
         "jinja2",
+        "msgpack",
     },
 }
 TORCH_IN_COMMON = {"layers.py", "networks.py", "params.py", "value_rescaling.py"}
