@@ -26,7 +26,13 @@ from deploy.run_dir import RunDirectory
 
 
 class _SteadyConsole(Console):
-    """A console whose reader may go away (`| head`, a dropped connection): then it falls silent and the run goes on."""
+    """A console whose reader may go away (`| head`, a dropped connection): then it falls silent and the run goes on. What the full disk
+    of a log file does not take is not shown.
+    """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with contextlib.suppress(OSError):
+            super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

@@ -12,9 +12,9 @@ from deploy.plots import read_rows
 class Run:
     """A `qfleet` command in a process of its own, and what it leaves."""
 
-    def __init__(self, path, *words, environment=None, module=("-m", "deploy")):
+    def __init__(self, path, *words, environment=None, module=("-m", "deploy"), log=None):
         self.path = path
-        self.log = path.with_name(f"{time.monotonic_ns()}.log")
+        self.log = log or path.with_name(f"{time.monotonic_ns()}.log")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *module, *map(str, words)],

@@ -161,7 +161,7 @@ def test_a_full_disk_costs_durability_loudly_and_never_the_run(fleet, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("no permission to mount a disk of its own")
     try:
-        run = fleet(path=disk / "run")
+        run = fleet(path=disk / "run", log=tmp_path / "log")
         filler = disk / "filler"
         fill(filler)
         run.wait_for("the shards to say so", lambda: run.text().count("kept in memory only until writing works again") >= 2)
@@ -175,7 +175,7 @@ def test_a_full_disk_costs_durability_loudly_and_never_the_run(fleet, tmp_path):
         assert "degraded: " in run.text()
         check_ledger(summary["ledger"])
         assert summary["ledger"]["lost"] == {}
-        again = Run(run.path, "resume", run.path, "--max-updates", summary["updates"] + 100)
+        again = Run(run.path, "resume", run.path, "--max-updates", summary["updates"] + 100, log=tmp_path / "second")
         status, second = again.end(120)
         assert status == 0
         ledger = second["ledger"]
