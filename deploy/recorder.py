@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -18,11 +20,13 @@ from rich.table import Table
 from rich.text import Text
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from common.config import ByteSize
 from deploy.progress import Progress
 from deploy.run_dir import RunDirectory
+
+_numbers = itertools.count()  # Of the event files of this process.
 
 
 class _SteadyConsole(Console):
@@ -48,19 +52,23 @@ class _Files:
         self._rows = (run_path / "metrics.jsonl").open("ab+", buffering=0)
         if self._rows.seek(0, os.SEEK_END) and (self._rows.seek(-1, os.SEEK_END), self._rows.read(1))[1] != b"\n":
             self._rows.write(b"\n")  # After a row that was torn.
-        self._events = EventFileWriter(str(run_path))
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        self._file = (run_path / name).open("ab", buffering=0)
+        # TensorBoard's own writer has a thread, which on a full disk ends with a traceback.
+        self._events = RecordWriter(self._file)
+        self._events.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
 
     def write(self, row: dict[str, Any]) -> None:
         line = json.dumps(row).encode() + b"\n"
         if self._rows.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in row.items()]
-        self._events.add_event(Event(wall_time=time.time(), step=row["env_steps"], summary=Summary(value=values)))
+        event = Event(wall_time=time.time(), step=row["env_steps"], summary=Summary(value=values))
+        self._events.write(event.SerializeToString())
 
     def close(self) -> None:
         self._rows.close()
-        with contextlib.suppress(OSError):
-            self._events.close()
+        self._file.close()
 
 
 class Recorder:

@@ -82,3 +82,17 @@ def test_an_output_file_on_a_full_disk_ends_no_run(tmp_path):
         recorder.row()
         recorder.close()
     assert len(read_rows(tmp_path)) == 1
+
+
+def test_tensorboard_reads_every_row(record, tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    recorder = record()
+    for _ in range(3):
+        recorder.row()
+    recorder.close()
+    (file,) = tmp_path.glob("events.out.tfevents.*")
+    first, *events = EventFileLoader(str(file)).Load()
+    assert first.file_version == "brain.Event:2" and len(events) == 3
+    for event, row in zip(events, read_rows(tmp_path), strict=True):
+        assert {value.tag for value in event.summary.value} == set(row) and event.step == row["env_steps"]
