@@ -75,6 +75,10 @@ class LearnerStats:
     """The longest such interval while a checkpoint was copied and written that came to its end since the last report."""
 
 
+UNKNOWN_SENDER = (-1, -1)
+"""The slot and incarnation under which a shard counts what it had and cannot read any more."""
+
+
 @dataclass(slots=True)
 class SenderCount:
     """What one incarnation of one actor slot brought to this shard, in transitions."""
@@ -138,7 +142,7 @@ class ShardStats:
     waits: list[WaitStatus]
     """How the actors and the learner stand with its limiter, and for how long."""
     senders: dict[tuple[int, int], SenderCount]
-    """By (actor slot, incarnation)."""
+    """By (actor slot, incarnation), and UNKNOWN_SENDER."""
     lost: dict[str, int]
     """Transitions that had been inserted and did not come back after a restart, by cause; they count as inserted no more."""
     log: LogStats | None

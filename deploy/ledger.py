@@ -6,9 +6,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from common.metrics import PushCounts, ShardStats
+from common.metrics import UNKNOWN_SENDER, PushCounts, ShardStats
 
 _FORGOTTEN = "inserted, and not in the log of a shard that died"
+_DIED = "actor died"
+_EARLIER = "on its way when an earlier command ended"
 
 
 class Ledger:
@@ -53,13 +55,15 @@ class Ledger:
         in_books = sum(inserted.values()) == sum(shard.num_inserted + sum(shard.lost.values()) for shard in shards)
         is_balanced = in_books
         num_refused = 0
+        num_unknown = inserted.pop(UNKNOWN_SENDER, 0)
+        sent.pop(UNKNOWN_SENDER, None)
         for sender in sent:
             pushed = self._pushed.get(sender, PushCounts())
             num_lost = sum(pushed.lost.values())
             for cause, number in pushed.lost.items():
                 lost[cause] += number
             if sender in self._died or sender not in self._sent:
-                cause = "actor died" if sender in self._died else "on its way when an earlier command ended"
+                cause = _DIED if sender in self._died else _EARLIER
                 lost[cause] += sent[sender] - inserted[sender] - refused[sender] - num_lost
                 num_refused += refused[sender]
             else:
@@ -68,7 +72,11 @@ class Ledger:
                 is_balanced &= (
                     sent[sender] == pushed.inserted + pushed.refused + num_lost and pushed.inserted >= inserted[sender]
                 )
-        num_sent, num_inserted = sum(sent.values()), sum(shard.num_inserted for shard in shards)
+        for cause in (_FORGOTTEN, _EARLIER, _DIED):  # Where somebody misses what a shard had of nobody it knows.
+            found = min(num_unknown, lost[cause])
+            lost[cause] -= found
+            num_unknown -= found
+        num_sent, num_inserted = sum(sent.values()) + num_unknown, sum(shard.num_inserted for shard in shards)
         resident, evicted = sum(shard.size for shard in shards), sum(shard.num_evicted for shard in shards)
         is_balanced &= num_sent == num_inserted + num_refused + sum(lost.values()) and num_inserted == resident + evicted
         return {

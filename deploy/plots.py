@@ -11,7 +11,7 @@ from typing import Any
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the rows of a run's metrics.jsonl; a line that a killed process left torn is passed over."""
     rows = []
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+    for line in (run_dir / "metrics.jsonl").read_text(errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from common.config import RunConfig
+from common.config import RunConfig, as_dict
 from common.metrics import ActorStats, EvaluationResult, LearnerStats, ShardStats
 from deploy.ledger import Ledger
 from deploy.params_watch import ParamsWatch
@@ -84,6 +84,7 @@ class Progress:
             "incarnations": {str(slot): incarnation for slot, incarnation in self.incarnation_of.items()},
             "wall_seconds": self.earlier_seconds + self.wall_seconds,
             "returns": list(self.returns),
+            "config": as_dict(self.config),
         }
 
     def next_incarnation(self, slot: int) -> int:

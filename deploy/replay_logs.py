@@ -8,6 +8,7 @@ shards stood in it: the checkpoint that a run goes on from may be of the writing
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -95,14 +96,16 @@ class ReplayLogs:
         """Returns how the shards stood, and whether their logs are there: as the checkpoint says, or where the logs were written
         anew since, as the layout does."""
         saved = list(meta.get("shards", []))
+        path = self._root / _LAYOUT
         try:
-            layout = msgpack.unpackb((self._root / _LAYOUT).read_bytes())
+            data = path.read_bytes()
         except FileNotFoundError:
             return saved, False
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self._root / _LAYOUT} cannot be read: restore it, or delete {self._root} to go on without"
-            ) from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror})") from error
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            raise UserError(f"{path}: its checksum is wrong: restore it, or delete {self._root} to go on without the replay")
+        layout = msgpack.unpackb(data[32:])
         self.layout = layout["layout"]
         return list(saved if layout["layout"] == meta.get("replay_layout") else layout["shards"]), bool(saved)
 
@@ -113,7 +116,8 @@ class ReplayLogs:
 
     def _write_layout(self, root: Path, states: list[dict[str, Any]]) -> None:
         self.layout = secrets.token_hex(4)
-        write_whole(root / _LAYOUT, msgpack.packb({"layout": self.layout, "shards": states}))
+        body = msgpack.packb({"layout": self.layout, "shards": states})
+        write_whole(root / _LAYOUT, hashlib.sha256(body).digest() + body)
 
     def _has_more(self, states: list[dict[str, Any]]) -> bool:
         """Whether a log holds items that came after the checkpoint."""

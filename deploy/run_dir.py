@@ -62,8 +62,12 @@ class RunDirectory:
 
     def may_go_on_exactly(self, config: RunConfig) -> bool:
         """Whether this command can go on to the bit from the checkpoint: a serial run of the same settings wrote it."""
-        has_all = config.serial and "serial" in self.meta and config.replay.sync_seconds is not None
-        return has_all and all(change.startswith(_CHANGES_NOTHING) for change in self.changed)
+        if not (config.serial and "serial" in self.meta and config.replay.sync_seconds is not None):
+            return False
+        # Not what run.json says: a command in between may have changed that, and ended before it did anything.
+        before, now = _flat(self.meta["run_counters"]["config"]), _flat(config_module.as_dict(config))
+        changed = [name for name, value in now.items() if name != "run_dir" and _plain(before.get(name)) != _plain(value)]
+        return all(name.startswith(_CHANGES_NOTHING) for name in changed)
 
     def close(self) -> None:
         self._lock.close()
@@ -215,6 +219,11 @@ def _differences(old: RunConfig, new: RunConfig, path: Path) -> list[str]:
             raise UserError(f"{path} holds a run with {name} {before}, not {value}: choose another --run-dir")
         changed.append(f"{name} {before} -> {value}")
     return changed
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value as a file gives it back: a tuple as a list."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,6 +23,7 @@ import numpy as np
 from common import wire
 from common.files import sync_directory
 from common.messages import Array, TransitionChunk
+from common.metrics import UNKNOWN_SENDER
 from replay_server.replay_log import Damage, Priorities, Record, ReplayLog
 
 NO_LOG = "of a replay without a log"
@@ -64,6 +65,7 @@ def catch_up(
         first, expected = record.first_item_id if first is None else first, record.end_item_id
         now["oldest_item_id"] = max(now["oldest_item_id"], record.oldest_item_id)
         if record.first_item_id >= now["next_item_id"]:
+            _count_unknown(now, record.first_item_id - now["next_item_id"])
             _count(now, wire.unpack(record.message, TransitionChunk), record)
     now["priorities"] = state.get("priorities")
     if keeps_samples:
@@ -100,17 +102,29 @@ def recover(
     return {**written.state, "priorities": name}
 
 
+def _count_unknown(state: dict[str, Any], num_items: int) -> None:
+    """Adds items that came after the state and cannot be read: nobody knows who sent them."""
+    if num_items:
+        state["limiter"]["num_inserted"] += num_items
+        _sender(state, UNKNOWN_SENDER)[2] += num_items
+
+
+def _sender(state: dict[str, Any], sender: tuple[int, int]) -> list[int]:
+    """Returns [slot, incarnation, inserted, refused, sent] of a sender."""
+    counts = next((counts for counts in state["senders"] if tuple(counts[:2]) == sender), None)
+    if counts is None:
+        counts = [*sender, 0, 0, 0]
+        state["senders"].append(counts)
+    return counts
+
+
 def _count(state: dict[str, Any], chunk: TransitionChunk, record: Record) -> None:
     """Adds a chunk that came after the state."""
     limiter = state["limiter"]
     state["next_item_id"] = record.end_item_id
     limiter["num_inserted"] += record.num_items
     limiter["num_sampled"] = max(limiter["num_sampled"], record.num_sampled)
-    sender = [chunk.actor_slot, chunk.incarnation]
-    counts = next((counts for counts in state["senders"] if counts[:2] == sender), None)
-    if counts is None:
-        counts = [*sender, 0, 0, 0]
-        state["senders"].append(counts)
+    counts = _sender(state, (chunk.actor_slot, chunk.incarnation))
     counts[2] += record.num_items
     counts[4] = max(counts[4], chunk.num_sent_before + record.num_items)
 

@@ -1,6 +1,6 @@
 """The ledger: sent = inserted + refused + lost, also when an actor could not say what it sent."""
 
-from common.metrics import PushCounts, SenderCount, ShardStats
+from common.metrics import UNKNOWN_SENDER, PushCounts, SenderCount, ShardStats
 from deploy.ledger import Ledger
 
 
@@ -97,4 +97,20 @@ def test_an_earlier_command_is_known_from_the_shards():
     balance = ledger.balance([shard(0, 25, 10, {(0, 0): (30, 2, 40), (0, 1_000): (5, 0, 5)})])
     assert (
         balance["lost"] == {"on its way when an earlier command ended": 8} and balance["refused"] == 2 and balance["balanced"]
+    )
+
+
+def test_what_a_shard_cannot_read_any_more_is_lost_once():
+    """Eight transitions of an altered record. Kills: a loss that is counted for the shard and again for whoever sent them."""
+    books = {(0, 0): (42, 0, 50), UNKNOWN_SENDER: (8, 0, 0)}
+    altered = shard(0, 42, 0, books, lost={"altered": 8})
+    assert Ledger().balance([altered])["lost"] == {"altered": 8}
+    assert Ledger().balance([altered])["balanced"] and Ledger().balance([altered])["sent"] == 50
+    alive = Ledger()
+    alive.report(0, 0, 50, pushed(50))
+    assert alive.balance([altered])["lost"] == {"altered": 8} and alive.balance([altered])["balanced"]
+    last = shard(0, 42, 0, books | {(0, 0): (42, 0, 42)}, lost={"altered": 8})
+    balance = Ledger().balance([last])
+    assert (balance["sent"], balance["lost"], balance["balanced"]) == (50, {"altered": 8}, True), (
+        "its sender sent nothing later"
     )

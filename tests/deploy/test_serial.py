@@ -153,3 +153,12 @@ def test_a_run_in_two_halves_equals_one_to_the_bit(name, tmp_path, monkeypatch):
     assert of_halves[1:] == of_whole[1:]
     assert second["ledger"] == straight["ledger"] and straight["ledger"]["balanced"]
     assert second["evaluation"]["returns"] == straight["evaluation"]["returns"]
+
+
+def test_other_actors_after_a_command_that_did_nothing_go_on_though_not_to_the_bit(tmp_path):
+    """That command writes its settings to run.json. Kills: settings that are compared with those, not with the checkpoint's."""
+    flags = [*CARTPOLE, "--max-updates", "20"]
+    train(tmp_path, *flags)
+    assert main(["train", *flags, "--run-dir", str(tmp_path), "--actors.num-actors", "2", "--serial"]) == 0
+    status, summary = train(tmp_path, *CARTPOLE, "--max-updates", "30", "--actors.num-actors", "2")
+    assert status == 0 and summary["updates"] == 30 and summary["ledger"]["balanced"]
