@@ -159,6 +159,6 @@ def test_other_actors_after_a_command_that_did_nothing_go_on_though_not_to_the_b
     """That command writes its settings to run.json. Kills: settings that are compared with those, not with the checkpoint's."""
     flags = [*CARTPOLE, "--max-updates", "20"]
     train(tmp_path, *flags)
-    assert main(["train", *flags, "--run-dir", str(tmp_path), "--actors.num-actors", "2", "--serial"]) == 0
+    assert cli.main(["train", *flags, "--run-dir", str(tmp_path), "--actors.num-actors", "2", "--serial"]) == 0
     status, summary = train(tmp_path, *CARTPOLE, "--max-updates", "30", "--actors.num-actors", "2")
     assert status == 0 and summary["updates"] == 30 and summary["ledger"]["balanced"]
