@@ -8,19 +8,21 @@ shards stood in it: the checkpoint that a run goes on from may be of the writing
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgpack
 
 from common.config import RunConfig
-from common.errors import UserError
+from common.errors import CheckpointError, UserError
 from common.files import make_directory, write_whole
-from replay_server.recovery import NO_LOG, SavedShard, catch_up, emptied, finish_move, move_into_place, rewrite, share
+from learner import checkpoint as checkpoints
+from replay_server.recovery import GONE, NO_LOG, SavedShard, catch_up, emptied, finish_move, move_into_place, rewrite, share
 from replay_server.replay_log import Damage, ReplayLog
 
 _LAYOUT = "layout.msgpack"
@@ -44,6 +46,7 @@ class ReplayLogs:
         self._root, self._config = run_path / "replay", config
         self.layout = ""
         """Which writing of the logs this is; a part of every checkpoint."""
+        self._layout_states: Sequence[Mapping[str, Any]] = ()  # What the layout says; an older checkpoint goes on from that.
         self.notes: list[str] = []
         """What a person should know of how the logs were found."""
 
@@ -60,8 +63,12 @@ class ReplayLogs:
         num_shards, is_logged = self._config.replay.num_shards, self._config.replay.sync_seconds is not None
         finish_move(self._aside, self._root)
         states, is_there = self._saved_states(meta)
-        if not (is_there and is_logged):
-            states = [emptied(state, NO_LOG) for state in states]
+        if is_there and not is_logged:
+            raise UserError(
+                f"replay.sync_seconds None keeps no log, and {self._root} holds the replay: delete it to go on without"
+            )
+        if not is_there:
+            states = [emptied(state, GONE if is_logged else NO_LOG) for state in states]
             if len(states) not in (0, num_shards):
                 states = share(states, self._capacities)
             shutil.rmtree(self._root, ignore_errors=True)
@@ -69,11 +76,25 @@ class ReplayLogs:
                 self._make_new(states)
             if meta:
                 self.notes.append(
-                    f"the replay begins empty: {'its log is gone' if is_logged else 'replay.sync_seconds None keeps no log'}"
+                    f"the replay begins empty: {f'there is no log in {self._root}' if is_logged else 'replay.sync_seconds None keeps no log'}"
                 )
         elif len(states) != num_shards or (is_exact and self._has_more(states)):
             states = self._rewrite(states, is_exact=is_exact)
         return [ShardStart(self.start_of(i), states[i] if states else None, keeps_samples=False) for i in range(num_shards)]
+
+    def priorities_in_use(self, states: Sequence[Mapping[str, Any] | None]) -> list[set[str]]:
+        """Returns by shard the files of priorities that checkpoints and layout name: those that are written, and the one of these states."""
+        found: list[set[str]] = [set() for _ in range(self._config.replay.num_shards)]
+        saved: list[Sequence[Mapping[str, Any] | None]] = [states, self._layout_states or states]
+        for path in checkpoints.paths(self._root.with_name("checkpoints")):
+            with contextlib.suppress(CheckpointError):
+                meta = checkpoints.read_meta(path)
+                saved += [meta["shards"]] if meta.get("replay_layout") == self.layout else []
+        for shards in saved:
+            for names, state in zip(found, shards, strict=True):
+                if state is not None and state["priorities"] is not None:
+                    names.add(state["priorities"])
+        return found
 
     def directory(self, index: int) -> Path:
         """Returns where the log of a shard is."""
@@ -100,13 +121,15 @@ class ReplayLogs:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
+            if saved and any(self._root.glob("*/*.log")):
+                raise UserError(f"{path} is missing: restore it, or delete {self._root} to go on without the replay") from None
             return saved, False
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror})") from error
         if hashlib.sha256(data[32:]).digest() != data[:32]:
             raise UserError(f"{path}: its checksum is wrong: restore it, or delete {self._root} to go on without the replay")
         layout = msgpack.unpackb(data[32:])
-        self.layout = layout["layout"]
+        self.layout, self._layout_states = layout["layout"], layout["shards"]
         return list(saved if layout["layout"] == meta.get("replay_layout") else layout["shards"]), bool(saved)
 
     def _make_new(self, states: list[dict[str, Any]]) -> None:
@@ -115,7 +138,7 @@ class ReplayLogs:
         self._write_layout(self._root, states)
 
     def _write_layout(self, root: Path, states: list[dict[str, Any]]) -> None:
-        self.layout = secrets.token_hex(4)
+        self.layout, self._layout_states = secrets.token_hex(4), states
         body = msgpack.packb({"layout": self.layout, "shards": states})
         write_whole(root / _LAYOUT, hashlib.sha256(body).digest() + body)
 
@@ -126,22 +149,16 @@ class ReplayLogs:
 
     def _rewrite(self, states: list[dict[str, Any]], *, is_exact: bool) -> list[dict[str, Any]]:
         """Writes all logs anew for this number of shards; returns how these stand."""
-        damages: list[Damage] = []
+        damages: list[Damage | str] = []
         sources = []
         for index, state in enumerate(states):
             directory = self.directory(index)
             caught_up = state if is_exact else catch_up(directory, state, damages, keeps_samples=False)[0]
-            name = state.get("priorities")
-            sources.append(SavedShard(directory, caught_up, ReplayLog(directory).read_priorities(name) if name else None))
+            priorities = ReplayLog(directory).read_priorities(state["priorities"], damages)
+            sources.append(SavedShard(directory, caught_up, priorities))
         num_shards = self._config.replay.num_shards
         try:
-            written = rewrite(sources, self._aside, self._capacities, damages)
-            new_states = []
-            for shard in written:
-                name = (
-                    ReplayLog(shard.directory).write_priorities(shard.priorities, 1) if shard.priorities is not None else None
-                )
-                new_states.append({**shard.state, "priorities": name})
+            new_states = rewrite(sources, self._aside, self._capacities, damages)
             self._write_layout(self._aside, new_states)
             move_into_place(self._aside, self._root)
         except OSError as error:
@@ -150,7 +167,7 @@ class ReplayLogs:
                 f"{self._root}: its logs cannot be written anew for {num_shards} shards ({error.strerror}): free as much disk as they "
                 f"take, or go on with --replay.num-shards {len(states)}"
             ) from error
-        self.notes += [str(damage) for damage in damages]
+        self.notes += dict.fromkeys(map(str, damages))
         if len(states) != num_shards:
             self.notes.append(f"the replay of {len(states)} shards is shared out to {num_shards}")
         return new_states

@@ -38,16 +38,18 @@ def make_shard(
     Args:
       start: what it begins with; None: it keeps no log.
     """
-    from replay_server.recovery import NO_LOG, emptied, recover
+    from common.errors import UserError, WireError
+    from replay_server.recovery import NO_LOG, emptied, first_state, recover
     from replay_server.replay_log import ReplayLog
     from replay_server.shard import ReplayShard
 
     log, state = None, start.state if start is not None else None
-    damages: list[Damage] = []
+    damages: list[Damage | str] = []
     if start is not None and start.directory is not None:
         budget = config.replay.disk_budget
         share = None if budget is None else int(budget) // config.replay.num_shards
         directory, capacity = Path(start.directory), shard_shares(config)["capacity"]
+        state = state if state is not None else first_state(directory)
         if state is not None:
             state = recover(directory, state, capacity, damages, keeps_samples=start.keeps_samples)
         log = ReplayLog(directory, disk_budget=share)
@@ -63,14 +65,18 @@ def make_shard(
     records = log.open(damages) if log is not None else iter(())
     if state is not None:
         state = state if log is not None else emptied(state, NO_LOG)
-        shard.restore(
-            records, state, log.read_priorities(state["priorities"]) if log is not None and state["priorities"] else None
-        )
+        priorities = log.read_priorities(state["priorities"], damages) if log is not None else None
+        try:
+            shard.restore(records, state, priorities)
+        except WireError as error:
+            raise UserError(
+                f"shard {shard_index}: its log does not fit these settings ({error}): go on with the replay.memory that wrote it"
+            ) from error
     else:
         assert next(records, None) is None, "a new shard begins with an empty log"
     if log is not None:
         log.damages = damages
-        if config.replay.sync_seconds is not None and not config.serial:
+        if config.replay.sync_seconds is not None:
             log.start(config.replay.sync_seconds)
     return shard
 

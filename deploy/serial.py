@@ -156,7 +156,7 @@ def _save(system: System, progress: Progress, recorder: Recorder, logs: ReplayLo
     run = {
         "run_counters": progress.counters(),
         "replay_layout": logs.layout,
-        "shards": [shard.save(progress.config.learner.checkpoints_kept) for shard in shards],
+        "shards": [shard.save(kept) for shard, kept in zip(shards, logs.priorities_in_use([None] * len(shards)), strict=True)],
         "serial": {"actors": values, "writers": [writer.state() for writer in writers]},
     }
     try:

@@ -140,7 +140,7 @@ class Supervisor:
             self._recorder.event(note)
         indices = range(config.replay.num_shards)
         self._shards = [self._worker(f"shard{i}", plan.shard, num_ranks + i, max_restarts=-1) for i in indices]
-        self._shard_states, self._shard_restarts = [None for _ in indices], [0 for _ in indices]
+        self._shard_states, self._shard_restarts = [start.state for start in starts], [0 for _ in indices]
         self._store = self._worker("store", plan.store, max_restarts=-1)
         built = [self._build_shard(i, start) for i, start in enumerate(starts)]
         built.append(self._store.build.remote(roles.make_params_store))
@@ -686,14 +686,16 @@ class Supervisor:
         elif time.monotonic() >= self._next_checkpoint and not self._saves:
             self._next_checkpoint = time.monotonic() + self._config.learner.checkpoint_period_seconds
             self._saves = True
+            kept = self._logs.priorities_in_use(self._shard_states)
             for index, shard in enumerate(self._shards):
-                self._expect(shard.call.remote("save", self._config.learner.checkpoints_kept), "saving", index)
+                self._expect(shard.call.remote("save", kept[index]), "saving", index)
 
     def _save(self) -> str | None:
         """Writes a checkpoint now; returns its name, or None where the disk does not take it, which is told."""
+        kept = self._logs.priorities_in_use(self._shard_states)
         for index, shard in enumerate(self._shards):
             with contextlib.suppress(RunFault):  # One that is away stays as it was at the checkpoint before.
-                call = shard.call.remote("save", self._config.learner.checkpoints_kept)
+                call = shard.call.remote("save", kept[index])
                 (self._shard_states[index],) = self._answers([call], _ANSWER_SECONDS, f"shard {index} to save")
         call = self._learners[0].call.remote("save", self._checkpoint_parts())
         try:

@@ -128,6 +128,11 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(tensors=tensors, meta=manifest["meta"])
 
 
+def read_meta(path: Path) -> dict[str, Any]:
+    """Reads the plain values of a checkpoint, and checks these alone; raises CheckpointError as `read` does."""
+    return dict(_read_manifest(path)["meta"])
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     data = _read_bytes(file)

@@ -8,6 +8,7 @@ logs first, record by record, so that memory is that of one segment: written bes
 from __future__ import annotations
 
 import copy
+import errno
 import heapq
 import os
 import shutil
@@ -27,7 +28,8 @@ from common.metrics import UNKNOWN_SENDER
 from replay_server.replay_log import Damage, Priorities, Record, ReplayLog
 
 NO_LOG = "of a replay without a log"
-NOT_IN_LOG = "not in the log (altered on the disk, or never written to a full one)"
+GONE = "whose log is gone"
+NOT_IN_LOG = "not in the log (altered on the disk, never written to a full one, or beyond replay.disk_budget)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,16 @@ class SavedShard:
     """`ReplayShard.priorities()` at the checkpoint; other items have those that their actors gave."""
 
 
+def first_state(directory: Path) -> dict[str, Any] | None:
+    """Returns how a shard stood when its log began, for one that dies before the first checkpoint; None where there is no log."""
+    for record in ReplayLog(directory).records([]):
+        if not record.num_items:
+            return {**msgpack.unpackb(record.message.data), "priorities": None}
+    return None
+
+
 def catch_up(
-    directory: Path, state: Mapping[str, Any], damages: list[Damage], *, keeps_samples: bool
+    directory: Path, state: Mapping[str, Any], damages: list[Damage | str], *, keeps_samples: bool
 ) -> tuple[dict[str, Any], bool]:
     """Reads a log through; returns the state with what came after it, and whether the log can be taken as it is.
 
@@ -79,7 +89,7 @@ def catch_up(
 
 
 def recover(
-    directory: Path, state: Mapping[str, Any], capacity: int, damages: list[Damage], *, keeps_samples: bool
+    directory: Path, state: Mapping[str, Any], capacity: int, damages: list[Damage | str], *, keeps_samples: bool
 ) -> dict[str, Any]:
     """Makes a log such that its shard can take it, writing it anew where it must; returns the state to take it with.
 
@@ -91,15 +101,15 @@ def recover(
     finish_move(aside / "0", directory)
     shutil.rmtree(aside, ignore_errors=True)
     caught_up, is_whole = catch_up(directory, state, damages, keeps_samples=keeps_samples)
-    if is_whole:
+    if is_whole and state["capacity"] <= capacity:  # A smaller shard may not take a chunk as it is.
         return caught_up
-    name = caught_up["priorities"]
-    saved = SavedShard(directory, caught_up, ReplayLog(directory).read_priorities(name) if name else None)
-    (written,) = rewrite([saved], aside, [capacity], [])
-    name = ReplayLog(written.directory).write_priorities(written.priorities, 1) if written.priorities is not None else None
-    move_into_place(written.directory, directory)
-    shutil.rmtree(aside, ignore_errors=True)
-    return {**written.state, "priorities": name}
+    saved = SavedShard(directory, caught_up, ReplayLog(directory).read_priorities(caught_up["priorities"], damages))
+    try:
+        (written,) = rewrite([saved], aside, [capacity], [])
+        move_into_place(aside / "0", directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # On a full disk it takes what others need.
+    return written
 
 
 def _count_unknown(state: dict[str, Any], num_items: int) -> None:
@@ -130,9 +140,10 @@ def _count(state: dict[str, Any], chunk: TransitionChunk, record: Record) -> Non
 
 
 def rewrite(
-    sources: Sequence[SavedShard], target: Path, capacities: Sequence[int], damages: list[Damage], **log_settings: Any
-) -> list[SavedShard]:
-    """Writes the items of all sources into as many new logs as there are capacities, in `target`/<index>.
+    sources: Sequence[SavedShard], target: Path, capacities: Sequence[int], damages: list[Damage | str], **log_settings: Any
+) -> list[dict[str, Any]]:
+    """Writes the items of all sources into as many new logs as there are capacities, in `target`/<index>, with their priorities.
+    Returns the states with which shards of these capacities can take them.
 
     Chunks are taken in the order of their age as far as it is known (each source's own order; between sources, the part of its
     items that came before), and each goes to the shard with the most room for its size; one that does not fit is divided. So
@@ -152,7 +163,7 @@ def rewrite(
     for log in logs:
         assert not list(log.open([])), f"{target} must be new"
     num_expected = sum(source.state["next_item_id"] - source.state["oldest_item_id"] for source in sources)
-    num_items = sum(len(priority) for _, priority, _ in _by_age(sources, damages))
+    num_items = sum(len(item[1]) for item in _by_age(sources, damages))
     num_over = max(num_items - sum(capacities), 0)
     states = share([source.state for source in sources], capacities, num_over)
     if num_items < num_expected:
@@ -172,22 +183,23 @@ def rewrite(
             index = int(np.argmax(room / capacities))
             num = min(int(room[index]), len(priority))
             logs[index].append(ends[index], num, num_sampled, wire.pack(_part(chunk, 0, num)))
+            _raise_fault(logs[index])
             priorities[index].append(priority[:num])
             ends[index] += num
             chunk, priority = _part(chunk, num, chunk.num_transitions), priority[num:]
-    for log in logs:
+    written = []
+    for log, state, end, parts in zip(logs, states, ends, priorities, strict=True):
+        values = Priorities(state["oldest_item_id"], state["priority_exponent"], np.concatenate(parts))
+        written.append(state | {"next_item_id": end, "priorities": log.write_priorities(values)})
         log.close()
-        if (fault := log.stats().fault) is not None:
-            raise OSError(None, fault)
+        _raise_fault(log)
     sync_directory(target)
-    return [
-        SavedShard(
-            target / str(index),
-            state | {"next_item_id": end},
-            Priorities(state["oldest_item_id"], state["priority_exponent"], np.concatenate(parts)),
-        )
-        for index, (state, end, parts) in enumerate(zip(states, ends, priorities, strict=True))
-    ]
+    return written
+
+
+def _raise_fault(log: ReplayLog) -> None:
+    if (fault := log.fault) is not None:
+        raise OSError(errno.ENOSPC, fault, str(log.directory))
 
 
 def move_into_place(new: Path, place: Path) -> None:
@@ -228,7 +240,7 @@ def _part(chunk: TransitionChunk, start: int, end: int) -> TransitionChunk:
     )
 
 
-def _by_age(sources: Sequence[SavedShard], damages: list[Damage]) -> Iterator[tuple[TransitionChunk, Array, int]]:
+def _by_age(sources: Sequence[SavedShard], damages: list[Damage | str]) -> Iterator[tuple[TransitionChunk, Array, int]]:
     """Yields (chunk, priorities ** exponent of its items, num_sampled) of all sources, without what had been evicted."""
     merged = heapq.merge(*(_resident(i, source, damages) for i, source in enumerate(sources)), key=lambda item: item[:2])
     for _, _, chunk, priority, num_sampled in merged:
@@ -236,7 +248,7 @@ def _by_age(sources: Sequence[SavedShard], damages: list[Damage]) -> Iterator[tu
 
 
 def _resident(
-    index: int, source: SavedShard, damages: list[Damage]
+    index: int, source: SavedShard, damages: list[Damage | str]
 ) -> Iterator[tuple[float, int, TransitionChunk, Array, int]]:
     """Yields the chunks of one source with the part of its items that came before each."""
     oldest, end = source.state["oldest_item_id"], source.state["next_item_id"]

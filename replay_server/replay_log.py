@@ -17,7 +17,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -90,6 +90,8 @@ class _Segment:
     path: Path
     end_item_id: int
     num_bytes: int
+    unsynced_file: int | None = None
+    """Of one that is full and not yet on the disk."""
 
 
 class ReplayLog:
@@ -111,32 +113,34 @@ class ReplayLog:
     ) -> None:
         """`disk_budget` in bytes: beyond it the oldest segments go, though their items are still in memory. None: no limit."""
         self.state: Callable[[], bytes] = bytes
-        self.damages: list[Damage] = []
+        self.damages: list[Damage | str] = []
         """What could not be read when the shard began: for `stats`."""
-        self._directory, self._disk_budget = directory, disk_budget
+        self.directory, self._disk_budget = directory, disk_budget
         self._segment_bytes = segment_bytes if disk_budget is None else max(min(segment_bytes, disk_budget // 4), 1)
         self._clock = clock
         self._segments: deque[_Segment] = deque()
         self._file: int | None = None  # Of the newest segment.
-        self._lock = threading.Lock()  # For what `sync` shares.
-        self._full: list[int] = []  # Files of segments that are full and not yet synced.
+        self._lock = threading.Lock()  # For what `sync` shares: the segments and their files.
+        self._sync_lock = threading.Lock()  # One sync at a time: each returns when what came before it is on the disk.
         self._has_new_files = False
         self._oldest_item_id = self._appended_end = self._synced_end = 0
         self._num_unlogged = self._num_dropped = 0
-        self._fault: str | None = None
+        self._faults: dict[str, str] = {}  # By what is at fault: write, sync, priorities.
         self._retry_at = 0.0
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def records(self, damages: list[Damage]) -> Iterator[Record]:
+    def records(self, damages: list[Damage | str]) -> Iterator[Record]:
         """Yields what the directory holds, oldest first, and notes in `damages` what it had to pass over; changes no file."""
-        for path in segment_paths(self._directory):
-            yield from _read_segment(path, damages)
+        for path in segment_paths(self.directory):
+            found: list[Damage] = []
+            yield from _read_segment(path, found)
+            damages += found
 
-    def open(self, damages: list[Damage]) -> Iterator[Record]:
+    def open(self, damages: list[Damage | str]) -> Iterator[Record]:
         """Yields like `records`, takes over the files and cuts torn tails off; to be used up before the first `append`."""
-        make_directory(self._directory)
-        for path in segment_paths(self._directory):
+        make_directory(self.directory)
+        for path in segment_paths(self.directory):
             end_item_id = 0
             found: list[Damage] = []
             for record in _read_segment(path, found):
@@ -153,7 +157,7 @@ class ReplayLog:
 
     def append(self, first_item_id: int, num_items: int, num_sampled: int, message: Array) -> None:
         """Writes one record, and deletes the segments whose items were evicted before. Keeps no view of `message`."""
-        if self._fault is not None and self._clock() < self._retry_at:
+        if "write" in self._faults and self._clock() < self._retry_at:
             self._num_unlogged += num_items
             self._delete_evicted()
             return
@@ -162,10 +166,12 @@ class ReplayLog:
             self._write(num_items, first_item_id, num_sampled, message.data)
         except OSError as error:
             self._num_unlogged += num_items
-            self._fault = f"{self._directory}: {error.strerror}: transitions are kept in memory only until writing works again"
+            self._faults["write"] = (
+                f"{self.directory}: {error.strerror}: transitions are kept in memory only until writing works again"
+            )
             self._retry_at = self._clock() + _RETRY_SECONDS
             return
-        self._fault = None
+        self._faults.pop("write", None)
         self._segments[-1].end_item_id = first_item_id + num_items
         with self._lock:
             self._appended_end = first_item_id + num_items
@@ -177,31 +183,36 @@ class ReplayLog:
         """
         self._oldest_item_id = oldest_item_id
 
-    def write_priorities(self, priorities: Priorities, kept: int) -> str | None:
-        """Writes them to a file of their own, of which the newest `kept` stay; returns its name, or None where the disk is full."""
+    def write_priorities(self, priorities: Priorities, kept: Collection[str] = ()) -> str | None:
+        """Writes them to a file of their own, beside which those named in `kept` stay; returns its name, or None where the disk is full."""
         values = np.ascontiguousarray(priorities.values, "<f8").tobytes()
         message = msgpack.packb([priorities.first_item_id, priorities.exponent, values])
-        newest = sorted(self._directory.glob("priorities-*"))[-kept:]
-        path = self._directory / f"priorities-{int(newest[-1].stem.split('-')[1]) + 1 if newest else 0:08d}.msgpack"
+        there = sorted(self.directory.glob(f"priorities-{'[0-9]' * 8}.msgpack"))
+        path = self.directory / f"priorities-{int(there[-1].stem.split('-')[1]) + 1 if there else 0:08d}.msgpack"
         try:
             write_synced(path, _checksum(b"", memoryview(message)).to_bytes(8, "little") + message)
-            sync_directory(self._directory)
+            sync_directory(self.directory)
         except OSError as error:
-            path.unlink(missing_ok=True)
-            self._fault = f"{path}: {error.strerror}: priorities are not saved"
+            with contextlib.suppress(OSError):
+                path.unlink()
+            self._faults["priorities"] = f"{path}: {error.strerror}: priorities are not saved"
             return None
-        for old in sorted(self._directory.glob("priorities-*"))[:-kept]:
-            old.unlink()
+        self._faults.pop("priorities", None)
+        for old in there:
+            if old.name not in kept:
+                with contextlib.suppress(OSError):
+                    old.unlink()
         return path.name
 
-    def read_priorities(self, name: str) -> Priorities | None:
-        """Reads a file that `write_priorities` wrote; None where it is gone or was altered."""
-        try:
-            data = (self._directory / name).read_bytes()
-        except OSError:
+    def read_priorities(self, name: str | None, damages: list[Damage | str]) -> Priorities | None:
+        """Reads a file that `write_priorities` wrote; None where none is named, or where it is gone or altered, which is noted."""
+        if name is None:
             return None
+        path = self.directory / name
+        data = path.read_bytes() if path.exists() else b""
         message = data[8:]
-        if data[:8] != _checksum(b"", memoryview(message)).to_bytes(8, "little"):
+        if not data or data[:8] != _checksum(b"", memoryview(message)).to_bytes(8, "little"):
+            damages.append(f"{path}: {'altered' if data else 'gone'}: items have the priorities that their actors gave")
             return None
         first_item_id, exponent, values = msgpack.unpackb(message)
         return Priorities(first_item_id, exponent, np.frombuffer(values, "<f8"))
@@ -212,24 +223,41 @@ class ReplayLog:
         self._thread.start()
 
     def sync(self) -> None:
-        """Waits until all that was appended before this call is on the disk."""
+        """Waits until all that was appended before this call is on the disk. Where that fails, the next one tries all of it again."""
+        with self._sync_lock:
+            try:
+                self._sync()
+            except OSError as error:
+                self._faults["sync"] = f"{self.directory}: {error.strerror}: what was written may not survive a power failure"
+            else:
+                self._faults.pop("sync", None)
+
+    def _sync(self) -> None:
         with self._lock:
-            end, full, self._full = self._appended_end, self._full, []
-            files = full + ([os.dup(self._file)] if self._file is not None else [])
-            has_new_files, self._has_new_files = self._has_new_files, False
+            newest = [os.dup(self._file)] if self._file is not None else []
+            full = [segment for segment in self._segments if segment.unsynced_file is not None]
+            files = [file for segment in full if (file := segment.unsynced_file) is not None]
+            for segment in full:
+                segment.unsynced_file = None
+            end, has_new_files, self._has_new_files = self._appended_end, self._has_new_files, False
+        done = False
         try:
-            for file in files:
+            for file in files + newest:
                 os.fdatasync(file)
             if has_new_files:
-                sync_directory(self._directory)
-        except OSError as error:
-            self._fault = f"{self._directory}: {error.strerror}: what was written may not survive a power failure"
-            return
+                sync_directory(self.directory)
+            done = True
         finally:
-            for file in files:
-                os.close(file)
-        with self._lock:
-            self._synced_end = end
+            with self._lock:
+                for segment, file in zip(full, files, strict=True):
+                    if done or segment not in self._segments:
+                        os.close(file)
+                    else:
+                        segment.unsynced_file = file
+                for file in newest:
+                    os.close(file)
+                self._has_new_files |= has_new_files and not done
+                self._synced_end = max(self._synced_end, end) if done else self._synced_end
 
     def close(self) -> None:
         """Ends the thread and syncs."""
@@ -238,6 +266,11 @@ class ReplayLog:
             self._thread.join()
         self._close_file()
         self.sync()
+
+    @property
+    def fault(self) -> str | None:
+        """Why the disk does not take what comes now, or None."""
+        return next(iter(self._faults.values()), None)
 
     def stats(self) -> LogStats:
         with self._lock:
@@ -248,7 +281,7 @@ class ReplayLog:
             num_unsynced=num_unsynced,
             num_unlogged=self._num_unlogged,
             num_dropped=self._num_dropped,
-            fault=self._fault,
+            fault=self.fault,
             damages=list(dict.fromkeys(map(str, self.damages))),
         )
 
@@ -256,10 +289,10 @@ class ReplayLog:
         """Begins a new segment where the newest is full, and keeps to the budget."""
         if self._file is None or self._segments[-1].num_bytes + num_bytes > self._segment_bytes:
             self._close_file()
-            path = self._directory / f"{first_item_id:016x}.log"
+            path = self.directory / f"{first_item_id:016x}.log"
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            self._segments.append(_Segment(path, first_item_id, 0))
             with self._lock:
+                self._segments.append(_Segment(path, first_item_id, 0))
                 self._file, self._has_new_files = file, True
             self._write(0, first_item_id, num_sampled, memoryview(self.state()))
         if self._disk_budget is None:
@@ -295,12 +328,15 @@ class ReplayLog:
     def _close_file(self) -> None:
         with self._lock:
             if self._file is not None:
-                self._full.append(self._file)
-                self._file = None
+                self._segments[-1].unsynced_file, self._file = self._file, None
 
     def _delete_oldest(self) -> None:
+        with self._lock:
+            segment = self._segments.popleft()
+            if segment.unsynced_file is not None:
+                os.close(segment.unsynced_file)
         with contextlib.suppress(OSError):
-            self._segments.popleft().path.unlink()
+            segment.path.unlink()
 
     def _sync_for_ever(self, sync_seconds: float) -> None:
         while not self._stopping.wait(sync_seconds):

@@ -7,7 +7,7 @@ it; it never sleeps, and imports neither torch nor ray nor an environment.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -215,12 +215,12 @@ class ReplayShard:
                 values[start : start + num] = self._tree.values[slot : slot + num]
         return Priorities(self._oldest_item_id, self._priority_exponent, values)
 
-    def save(self, kept: int) -> dict[str, Any]:
+    def save(self, kept: Collection[str] = ()) -> dict[str, Any]:
         """Waits until the log is on the disk, with the priorities beside it; returns what a checkpoint keeps: `state`, and the name
         of that file as `priorities`.
 
         Args:
-          kept: how many files of priorities stay, the newest ones.
+          kept: files of priorities that checkpoints name, and that stay.
         """
         state = self.state() | {"priorities": None}
         if self._log is not None:

@@ -49,7 +49,8 @@ def start(path, num_shards):
 
 
 def save(path, shards, logs, updates):
-    states = [shard.save(2) for shard in shards]
+    kept = logs.priorities_in_use([None] * len(shards))
+    states = [shard.save(names) for shard, names in zip(shards, kept, strict=True)]
     tensors = {name: {"w": np.full(50, updates, np.float32)} for name in ("online", "target", "optimizer")}
     meta = {"updates": updates, "shards": states, "replay_layout": logs.layout}
     return checkpoints.write(path / "checkpoints", updates, Checkpoint(tensors=tensors, meta=meta), kept=2)

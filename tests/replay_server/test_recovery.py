@@ -210,9 +210,9 @@ def test_damage_costs_the_items_that_it_hit(tmp_path, feed):
     damages = []
     caught_up, is_whole = catch_up(tmp_path / "log", state, damages, keeps_samples=False)
     assert not is_whole and len(damages) == 1
-    (saved,) = rewrite([SavedShard(tmp_path / "log", caught_up, priorities)], tmp_path / "new", [150], [])
+    (state,) = rewrite([SavedShard(tmp_path / "log", caught_up, priorities)], tmp_path / "new", [150], [])
     move_into_place(tmp_path / "new" / "0", tmp_path / "log")
-    mended = recovered(tmp_path / "log", saved.state, saved.priorities)
+    mended = recovered(tmp_path / "log", state, ReplayLog(tmp_path / "log").read_priorities(state["priorities"], []))
     after = contents(mended)
     assert 0 < len(before) - len(after) < 6 and all(before[key] == item for key, item in after.items())
 
@@ -238,7 +238,11 @@ def test_items_and_priorities_survive_two_three_and_one_shards(tmp_path, feed):
         caught_up, _ = catch_up(tmp_path / "a" / str(i), state, damages, keeps_samples=False)
         sources.append(SavedShard(tmp_path / "a" / str(i), caught_up, priorities))
     for name, num in (("b", 3), ("c", 1)):
-        sources = rewrite(sources, tmp_path / name, [300 // num] * num, damages, segment_bytes=SEGMENT_BYTES)
+        states = rewrite(sources, tmp_path / name, [300 // num] * num, damages, segment_bytes=SEGMENT_BYTES)
+        sources = []
+        for i, state in enumerate(states):
+            directory = tmp_path / name / str(i)
+            sources.append(SavedShard(directory, state, ReplayLog(directory).read_priorities(state["priorities"], damages)))
         moved = [recovered(one.directory, one.state, one.priorities, index=i, **shares(num)) for i, one in enumerate(sources)]
         assert contents(*moved) == expected and not damages
         assert (sum(one.stats().num_inserted for one in moved), sum(one.stats().num_evicted for one in moved)) == ledger
