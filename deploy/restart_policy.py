@@ -14,20 +14,27 @@ class RestartPolicy:
     """Of all slots of one role.
 
     The first death is answered at once, further ones of the same slot after 1, 2 and 4 seconds. A slot that dies five times within a
-    minute is quarantined: tried once a minute, while the others go on. Where half of all slots are, the fault is not theirs, and the
+    minute, or, however long its start takes, five times without a report, is quarantined: tried once a minute, while the others go on. Where half of all slots are, the fault is not theirs, and the
     run ends.
     """
 
     def __init__(self, num_slots: int = 1) -> None:
         self._num_slots = num_slots
         self._deaths: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=MAX_DEATHS))
+        self._fruitless: dict[int, int] = defaultdict(int)  # Deaths since the last report.
         self._quarantined: dict[int, float] = {}  # By slot: when it died last.
+
+    def on_report(self, slot: int) -> None:
+        """Notes that a slot did some of its work."""
+        self._fruitless[slot] = 0
 
     def on_death(self, slot: int, now: float) -> float | None:
         """Returns the seconds after which the slot begins again, or None where the run ends."""
         deaths = self._deaths[slot]
         deaths.append(now)
-        loops = len(deaths) == MAX_DEATHS and now - deaths[0] < WINDOW_SECONDS
+        self._fruitless[slot] += 1
+        is_often = len(deaths) == MAX_DEATHS and now - deaths[0] < WINDOW_SECONDS
+        loops = is_often or self._fruitless[slot] >= MAX_DEATHS
         if loops or slot in self.quarantined(now):
             self._quarantined[slot] = now
             return None if 2 * len(self.quarantined(now)) >= self._num_slots else PROBE_SECONDS

@@ -50,7 +50,8 @@ _QUIET_SECONDS = 10.0  # A worker that was to report after a second and did not 
 _HUNG_SECONDS = 60.0  # And after so long it is given up.
 _LOOK_SECONDS = 1.0  # Between two questions to shards and store, which answer at once.
 _SILENT_SECONDS = 30.0  # A shard or store that did not answer for so long is given up.
-_MAX_FRUITLESS = 5  # Deaths of the learner, one after another, without a report in between.
+_FULL_DISK_SECONDS = 5.0  # Until a shard is made again whose log could not be written.
+_REST_SECONDS = 15.0  # For an actor to end its call of a second, at the end of a run.
 _DRAIN_LOOK_SECONDS = 5.0  # Between two questions which nodes are about to leave.
 
 
@@ -100,7 +101,7 @@ class Supervisor:
         self._learners: list[Any] = []  # By rank; the first one publishes and saves.
         self._learns = False  # Else the learner is being made.
         self._next_checkpoint = 0.0
-        self._num_fruitless = 0
+        self._limiters_due: dict[int, dict[str, Any]] = {}  # By shard: what it is to hold to when it answers again.
         self._leaving: set[str] = set()  # Nodes that are about to leave.
         self._next_drain_look = 0.0
         self._group: PlacementGroup | None = None
@@ -384,8 +385,11 @@ class Supervisor:
         """Takes up a change of the limiters that `qfleet adjust` has left."""
 
         def set_limiters(shares: dict[str, Any]) -> None:
-            calls = [shard.call.remote("set_limiter", **shares) for shard in self._shards]
-            self._answers(calls, _ANSWER_SECONDS, "the shards to change their limiters")
+            for index, shard in enumerate(self._shards):
+                try:
+                    self._answers([shard.call.remote("set_limiter", **shares)], _LOOK_SECONDS, f"shard {index}")
+                except RunFault:  # It is away, or slow: it hears of it when it answers again.
+                    self._limiters_due[index] = shares
 
         self._config = take_up_adjustment(self._config, self._run_dir, self._progress, self._recorder, set_limiters)
 
@@ -419,8 +423,12 @@ class Supervisor:
         except RayError as error:
             self._on_death(role, index, error)
             return
-        if not isinstance(result, WorkerAddress) and self._progress.away.pop((role, index), None) is not None:
-            self._recorder.event(f"{self._name(role, index)} answers again")
+        if not isinstance(result, WorkerAddress):
+            if role != "learner" or isinstance(result, LearnerStats):
+                policy, slot = self._policy(role, index)
+                policy.on_report(slot)
+            if self._progress.away.pop((role, index), None) is not None:
+                self._recorder.event(f"{self._name(role, index)} answers again")
         if role == "actor":
             if isinstance(result, WorkerAddress):  # The answer of `build`.
                 self._note_worker(f"actor{index}", result)
@@ -439,7 +447,7 @@ class Supervisor:
                 self._progress.away.pop(("store", 0), None)
                 self._recorder.event("the params store is back; the learner publishes again")
                 self._must_publish = True
-        else:
+        elif role == "evaluator":
             self._on_evaluator(result)
 
     def _look_at_shards(self) -> None:
@@ -447,7 +455,7 @@ class Supervisor:
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + _LOOK_SECONDS
-        asked = {(call.role, call.worker_index) for call in self._calls.values()}
+        asked = {(call.role, call.worker_index) for call in self._calls.values()} | self._starts.keys()
         for index, shard in enumerate(self._shards):
             if ("shard", index) not in asked:
                 self._expect(shard.call.remote("stats"), "shard", index, _SILENT_SECONDS)
@@ -461,6 +469,8 @@ class Supervisor:
             self._progress.away.pop(("shard", index), None)
             self._told_back.add(index)
             return
+        if (shares := self._limiters_due.pop(index, None)) is not None:
+            self._expect(self._shards[index].call.remote("set_limiter", **shares), "limiter", index)
         shards = list(self._progress.shards)
         shards[index] = result
         self._progress.shards = shards
@@ -519,28 +529,29 @@ class Supervisor:
         cause = error.cause if isinstance(error, RayTaskError) else None
         if isinstance(cause, (NonFiniteError, UserError)) and not isinstance(cause, WireError):
             raise type(cause)(f"{role} {index}: {cause}") from error
-        if role == "saving":  # Another call says so too; the state of the checkpoint before stays.
+        if role in ("saving", "saving networks", "limiter"):  # Another call says so too; the checkpoint before stays.
             return
         if isinstance(cause, NotBuiltError):
             error = ray.exceptions.RayActorError("its process came anew")
         name = "the learner" if role == "learner" else self._name(role, index)
-        group, slot = (f"{role}{index}", 0) if role == "shard" else (role, index if role == "actor" else 0)
-        policy = self._policies.setdefault(group, RestartPolicy(self._config.actors.num_actors if role == "actor" else 1))
+        if role == "shard" and isinstance(cause, OSError):
+            self._recorder.event(
+                f"{name} cannot come back ({cause.filename or cause}: {cause.strerror}): free some of its disk; it is tried again each "
+                f"{_FULL_DISK_SECONDS:.0f} s"
+            )
+            self._progress.away[role, index] = f"{name} waits for its disk"
+            self._starts[role, index] = time.monotonic() + _FULL_DISK_SECONDS
+            return
+        policy, slot = self._policy(role, index)
         delay = policy.on_death(slot, time.monotonic())
         if delay is None:
             raise RunFault(
-                f"{name} died {MAX_DEATHS} times within {WINDOW_SECONDS:.0f} s, the last time of: {one_line(error)}"
+                f"{name} died {MAX_DEATHS} times within {WINDOW_SECONDS:.0f} s or without a report, the last time of: {one_line(error)}"
             ) from error
         if role == "learner":
-            # However long a start takes here, what fails every time ends the run.
-            self._num_fruitless = self._num_fruitless + 1 if self._progress.learner is None else 0
-            if self._num_fruitless == _MAX_FRUITLESS:
-                raise RunFault(
-                    f"the learner died {_MAX_FRUITLESS} times without an update, the last time of: {one_line(error)}"
-                ) from error
             self._restart_learners(error)
         elif role in ("shard", "store"):
-            self._restart_behind_handle(role, index, f"{name} died ({one_line(error)})", error)
+            self._restart_behind_handle(role, index, f"{name} died ({one_line(error)})", error, delay)
         else:
             when = f"in {delay:.0f} s a new one takes its place" if delay else "a new one takes its place"
             self._recorder.event(f"{name} died ({one_line(error)}); {when}")
@@ -548,36 +559,50 @@ class Supervisor:
             _end_process(self._addresses.get(f"actor{index}" if role == "actor" else "evaluator"))
             if role == "actor":
                 self._progress.on_actor_died(index)
-            self._progress.away[role, index] = f"{name} died"
+            quarantined = slot in policy.quarantined(time.monotonic())
+            self._progress.away[role, index] = (
+                f"{name} is in quarantine: it dies again and again" if quarantined else f"{name} died"
+            )
             self._starts[role, index] = time.monotonic() + delay
 
+    def _policy(self, role: str, index: int) -> tuple[RestartPolicy, int]:
+        """Returns who decides when a worker begins again, and as which slot it is known there: only actors can do without one."""
+        group, slot = (f"{role}{index}", 0) if role == "shard" else (role, index if role == "actor" else 0)
+        num_slots = self._config.actors.num_actors if role == "actor" else 1
+        return self._policies.setdefault(group, RestartPolicy(num_slots)), slot
+
     def _start_again(self) -> None:
-        """Starts the actors and the evaluator whose time has come."""
+        """Starts those whose time has come."""
         for (role, index), at in list(self._starts.items()):
             if time.monotonic() < at:
                 continue
             del self._starts[role, index]
+            if role == "shard":
+                start = ShardStart(self._logs.start_of(index), self._shard_states[index], keeps_samples=True)
+                self._expect(self._build_shard(index, start), "shard", index, _START_SECONDS)
+                continue
+            if role == "store":
+                built = self._store.build.options(max_task_retries=-1).remote(roles.make_params_store)
+                self._expect(built, "store", 0, _START_SECONDS)
+                continue
             self._progress.away.pop((role, index), None)
             if role == "actor":
                 self._start_actor(index)
             else:
                 self._start_evaluator()
 
-    def _restart_behind_handle(self, role: str, index: int, text: str, error: RayError) -> None:
-        """Makes a shard's or the store's role anew in the process that Ray starts for it."""
-        worker = self._shards[index] if role == "shard" else self._store
+    def _restart_behind_handle(self, role: str, index: int, text: str, error: RayError, delay: float) -> None:
+        """Has a shard's or the store's role made anew in the process that Ray starts for it."""
         if isinstance(error, ray.exceptions.GetTimeoutError):  # It hangs.
             _end_process(self._addresses.get(f"shard{index}" if role == "shard" else "store"))
         self._progress.away[role, index] = f"{self._name(role, index)} is coming back"
         if role == "store":
             self._recorder.event(f"{text}; it begins empty, and actors act on with what they have")
-            built = worker.build.options(max_task_retries=-1).remote(roles.make_params_store)
-            self._expect(built, "store", 0, _START_SECONDS)
-            return
-        self._shard_restarts[index] += 1
-        directory, state = self._logs.start_of(index), self._shard_states[index]
-        self._recorder.event(f"{text}; it comes back {'from its log' if directory is not None else 'empty'}")
-        self._expect(self._build_shard(index, ShardStart(directory, state, keeps_samples=True)), "shard", index, _START_SECONDS)
+        else:
+            self._shard_restarts[index] += 1
+            has_log = self._logs.start_of(index) is not None
+            self._recorder.event(f"{text}; it comes back {'from its log' if has_log else 'empty'}")
+        self._starts[role, index] = time.monotonic() + delay
 
     def _confirm_target(self) -> str | None:
         """Pauses the learner and evaluates its very parameters in full; returns "target_return" where the target holds."""
@@ -632,7 +657,7 @@ class Supervisor:
 
     def _drain_actors(self) -> None:
         """Lets every actor come to rest, and every chunk in flight be answered."""
-        self._drain_role("actor")
+        self._drain_role("actor", _REST_SECONDS)
         closing = {slot: worker.call.remote("close", _ANSWER_SECONDS / 2) for slot, worker in self._actors.items()}
         for slot, call in closing.items():
             try:
@@ -646,6 +671,10 @@ class Supervisor:
         deadline = time.monotonic() + seconds
         while calls := [call for call, expected in self._calls.items() if expected.role == role]:
             ready, _ = ray.wait(calls, num_returns=1, timeout=max(deadline - time.monotonic(), 0.0))
+            if not ready and role == "actor":  # They hang; the others are at rest.
+                for call in calls:
+                    self._give_up_actor(self._calls.pop(call).worker_index, f"it did not come to rest within {seconds:.0f} s")
+                return
             if not ready:
                 raise RunFault(f"waited {seconds:.0f} s for the {role} to come to rest")
             for call in ready:
@@ -662,6 +691,13 @@ class Supervisor:
                     self._progress.on_actor(result)
                 elif isinstance(result, LearnerStats) and index == 0:
                     self._progress.on_learner(result)
+
+    def _give_up_actor(self, index: int, why: str) -> None:
+        """Ends an actor at the end of a run; what it had not sent is lost, as where it dies."""
+        self._recorder.event(f"actor {index} is given up: {why}")
+        ray.kill(self._actors.pop(index))
+        _end_process(self._addresses.get(f"actor{index}"))
+        self._progress.on_actor_died(index)
 
     def _finish(self, stopped_by: str) -> str:
         """Writes the last checkpoint and evaluates it; returns the digest of its parameters."""
@@ -680,9 +716,7 @@ class Supervisor:
         is_saving = any(call.role == "saving" for call in self._calls.values())
         if self._saves and not is_saving:
             self._saves = False
-            call = self._learners[0].call.remote("begin_save", self._checkpoint_parts())
-            with contextlib.suppress(WorkerDied):  # Its next call will say so.
-                self._answers([call], _ANSWER_SECONDS, "the learner to begin a checkpoint")
+            self._expect(self._learners[0].call.remote("begin_save", self._checkpoint_parts()), "saving networks")
         elif time.monotonic() >= self._next_checkpoint and not self._saves:
             self._next_checkpoint = time.monotonic() + self._config.learner.checkpoint_period_seconds
             self._saves = True

@@ -6,7 +6,12 @@ from deploy.restart_policy import RestartPolicy
 
 
 def deaths(policy, *times, slot=0):
-    return [policy.on_death(slot, now) for now in times]
+    """Deaths, each after a report."""
+    answers = []
+    for now in times:
+        policy.on_report(slot)
+        answers.append(policy.on_death(slot, now))
+    return answers
 
 
 @pytest.mark.parametrize(
@@ -37,3 +42,14 @@ def test_where_half_of_all_slots_crash_loop_the_run_ends():
     policy = RestartPolicy(num_slots=4)
     assert deaths(policy, 0.0, 1.0, 3.0, 6.0, 11.0, slot=2)[-1] == 60.0
     assert deaths(policy, 0.0, 1.0, 3.0, 6.0, 11.0, slot=3)[-1] is None
+
+
+def test_a_slot_that_never_reports_is_given_up_however_slowly_it_starts():
+    """Kills: a circuit that looks at the clock alone, which a start of half a minute never opens."""
+    policy = RestartPolicy()
+    policy.on_report(0)
+    assert [policy.on_death(0, now) for now in (0.0, 90.0, 180.0, 270.0, 360.0)] == [0.0, 0.0, 0.0, 0.0, None]
+    policy = RestartPolicy()
+    assert [policy.on_death(0, now) for now in (0.0, 90.0, 180.0, 270.0)] == [0.0] * 4
+    policy.on_report(0)
+    assert policy.on_death(0, 360.0) == 0.0

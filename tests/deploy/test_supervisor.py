@@ -1,11 +1,12 @@
 """The supervisor's table of calls when the learner dies, without Ray: workers are names, calls are strings."""
 
+import errno
 import time
 from collections import deque
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from common.errors import CheckpointError
 from common.metrics import LearnerStats
@@ -61,7 +62,7 @@ class FakeWorker:
     """A worker whose calls are strings in the order in which they were made."""
 
     def __init__(self, name, made):
-        def record(method, *args):
+        def record(method, *args, **named):
             made.append(f"{name}.{method}")
             return f"{name}.{method}#{len(made)}"
 
@@ -81,6 +82,8 @@ def under_test(tmp_path, monkeypatch):
     saved = SimpleNamespace(meta={"updates": 40, "samples": 40 * 64})
     monkeypatch.setattr(supervisor.checkpoints, "read", lambda path: saved)
     monkeypatch.setattr(tested, "_note_worker", lambda name, address: None)
+    monkeypatch.setattr(tested._logs, "priorities_in_use", lambda states: [set() for _ in states])
+    monkeypatch.setattr(supervisor, "_end_process", lambda address: None)
 
     def make():
         tested._learners = [FakeWorker(f"learner.{tested._progress.epoch}", made)]
@@ -143,10 +146,10 @@ def test_a_learner_that_always_dies_before_an_update_ends_the_run_however_slowly
     answer(tested, ray, None)
     answer(tested, ray, learner_stats(75))
     answer(tested, ray, RayActorError())
-    for _ in range(4):
+    for _ in range(3):
         clock.now += 100.0  # Never five within a minute.
         answer(tested, ray, RayActorError())
-    with pytest.raises(RunFault, match="5 times without an update"):
+    with pytest.raises(RunFault, match="the learner died 5 times within 60 s or without a report"):
         answer(tested, ray, RayActorError())
 
 
@@ -270,3 +273,60 @@ def test_only_a_worker_of_this_host_is_ended_by_its_pid(monkeypatch, host, name,
     supervisor._end_process({"host": host or supervisor.socket.gethostname(), "pid": 7})
     assert bool(ended) == is_ended
     supervisor._end_process(None)  # A worker that never said where it runs.
+
+
+def test_a_shard_that_cannot_come_back_on_a_full_disk_is_tried_again_and_ends_no_run(under_test, monkeypatch):
+    """Kills: a full disk that counts as a crash loop."""
+    tested, ray, made, events = under_test
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: clock.now)
+    tested._shards, tested._shard_states, tested._shard_restarts = [FakeWorker("shard0", made)], [None], [0]
+    monkeypatch.setattr(tested, "_build_shard", lambda index, start: made.append("build") or f"built{len(made)}")
+    monkeypatch.setattr(tested._logs, "start_of", lambda index: "log")
+    tested._expect("stats", "shard", 0)
+    ray.answers["stats"] = RayActorError()
+    tested._take_answers()
+    for _ in range(20):
+        assert [name for name in made if name == "build"] == [] or clock.now
+        tested._start_again()
+        (call,) = [call for call, expected in tested._calls.items() if expected.role == "shard"]
+        full = OSError(errno.ENOSPC, "No space left on device", "replay/0")
+        ray.answers[call] = RayTaskError("build", "traceback", full)
+        tested._take_answers()
+        assert tested._progress.degraded() == ["shard 0 waits for its disk"]
+        clock.now += 4.9
+        tested._start_again()
+        assert not [call for call, expected in tested._calls.items() if expected.role == "shard"]
+        clock.now += 0.2
+    assert made.count("build") == 20 and "free some of its disk" in events[-1]
+
+
+def test_an_actor_that_hangs_at_the_end_is_given_up_and_costs_nothing_else(under_test, monkeypatch):
+    """Kills: a run that ends as a fault, without its last checkpoint, since one of its actors does not answer."""
+    tested, ray, made, events = under_test
+    tested._actors = {0: FakeWorker("actor0", made), 1: FakeWorker("actor1", made)}
+    tested._progress.incarnation_of = {0: 0, 1: 0}
+    for slot in (0, 1):
+        tested._expect(f"run{slot}", "actor", slot)
+    ray.answers["run0"] = WorkerAddress("here", 1)
+    tested._drain_role("actor", 0.1)
+    assert list(tested._actors) == [0] and "actor 1 is given up" in events[-1]
+    assert not [call for call, expected in tested._calls.items() if expected.role == "actor"]
+
+
+def test_a_change_of_the_limiters_reaches_a_shard_that_is_away_when_it_is_back(under_test, monkeypatch):
+    tested, ray, made, _ = under_test
+    tested._shards = [FakeWorker("shard0", made)]
+    tested._progress.shards = [None]
+    ray.answers["shard0.set_limiter#3"] = RayActorError()
+
+    def take_up(config, run_dir, progress, recorder, set_limiters):
+        set_limiters({"min_size": 5})
+        return config
+
+    monkeypatch.setattr(supervisor, "take_up_adjustment", take_up)
+    made.append("another")
+    tested._adjust()
+    assert made.count("shard0.set_limiter") == 1 and tested._limiters_due == {0: {"min_size": 5}}
+    tested._on_shard(0, SimpleNamespace())
+    assert made.count("shard0.set_limiter") == 2 and tested._limiters_due == {}
