@@ -58,7 +58,7 @@ class Actor:
         priority_floor: float,
         keeps_actions: bool = False,
     ) -> None:
-        """`keeps_actions`: so that `state` can be asked for; a byte or two for each step, for ever."""
+        """`keeps_actions`: so that `state` can be asked for; two bytes for each step of each environment, for ever."""
         self._config, self._environment, self._network = config, environment, network
         self._replay, self._params = replay, params
         self._run, self._slot, self._incarnation = run, slot, incarnation
@@ -83,7 +83,7 @@ class Actor:
         self._num_packed = 0
         self._num_steps = 0
         self._returns: list[float] = []
-        self._actions: list[Array] | None = [] if keeps_actions else None
+        self._actions: bytearray | None = bytearray() if keeps_actions else None  # i16[steps, E]
         self._published: float | None = None  # When the parameters in use were, on this process's monotonic clock.
         self._age_seconds, self._num_aged_steps = 0.0, 0  # Sum over the steps since the last report, and how many.
         self._stats = ActorStats(
@@ -156,7 +156,7 @@ class Actor:
         actions = epsilon_greedy(self._rng, values, epsilon)
         result = self._environment.step(actions)
         if self._actions is not None:
-            self._actions.append(actions.astype(np.int16))
+            self._actions += actions.astype(np.int16).tobytes()
         self._num_steps += 1
         self._stats.epsilon = float(epsilon.mean())
         self._returns += result.episode_return[~np.isnan(result.episode_return)].tolist()
@@ -200,7 +200,7 @@ class Actor:
         """
         assert self._actions is not None, "made with keeps_actions"
         arrays: dict[str, Array] = {
-            "actions": np.array(self._actions, np.int16).reshape(-1, self._environment.num_envs),
+            "actions": np.frombuffer(bytes(self._actions), np.int16).reshape(-1, self._environment.num_envs),
             "stacks": self._stacks.copy(),
             "plane": self._plane.copy(),
             "first": self._first.copy(),
@@ -241,7 +241,7 @@ class Actor:
                 "the environments, played again from their seed, came to other observations: they are not reproducible, and a serial "
                 "run of them cannot be continued; begin another one"
             )
-        self._actions = [row.copy() for row in arrays["actions"]]
+        self._actions = bytearray(arrays["actions"].tobytes())
         self._stacks, self._plane, self._first = (np.array(arrays[name]) for name in ("stacks", "plane", "first"))
         params_module.unflatten(self._network, arrays["params"])
         self._noise_generator.set_state(torch.from_numpy(np.array(arrays["noise_generator"])))

@@ -370,6 +370,10 @@ class ReplayConfig:
     def __post_init__(self) -> None:
         _require_positive("replay", self, "num_shards", "memory", "capacity", "min_size")
         _require_positive("replay", self, "samples_per_insert", "limiter_buffer_samples", "sync_seconds", "disk_budget")
+        _require(
+            self.sync_seconds is None or self.sync_seconds <= 86_400,
+            f"replay.sync_seconds must be at most 86400, a day, got {self.sync_seconds}",
+        )
         _require_fraction("replay", self, "priority_exponent")
         _require(
             self.min_size <= self.capacity,

@@ -75,6 +75,9 @@ class LearnerStats:
     """The longest such interval while a checkpoint was copied and written that came to its end since the last report."""
 
 
+UNANSWERED = "unanswered at the end"
+"""Why an actor counts a chunk as lost that its shard may yet take."""
+
 UNKNOWN_SENDER = (-1, -1)
 """The slot and incarnation under which a shard counts what it had and cannot read any more."""
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from common.metrics import UNKNOWN_SENDER, PushCounts, ShardStats
+from common.metrics import UNANSWERED, UNKNOWN_SENDER, PushCounts, ShardStats
 
 _FORGOTTEN = "inserted, and not in the log of a shard that died"
 _DIED = "actor died"
@@ -35,6 +35,20 @@ class Ledger:
         """Notes that an incarnation will report no more."""
         self._died.add((slot, incarnation))
 
+    @staticmethod
+    def faults(shards: Sequence[ShardStats]) -> list[str]:
+        """Returns a sentence for each shard whose own books are wrong at this moment, whatever is on its way."""
+        sentences = []
+        for shard in shards:
+            in_books = sum(count.inserted for count in shard.senders.values())
+            had = shard.num_inserted + sum(shard.lost.values())
+            if in_books != had or shard.num_inserted != shard.size + shard.num_evicted:
+                sentences.append(
+                    f"the ledger of shard {shard.shard_index} does not balance: {in_books} by its senders, {had} inserted or lost, "
+                    f"{shard.size} resident, {shard.num_evicted} evicted: please report this"
+                )
+        return sentences
+
     def balance(self, shards: Sequence[ShardStats]) -> dict[str, Any]:
         """Returns the ledger of summary.json, in transitions.
 
@@ -62,16 +76,19 @@ class Ledger:
             num_lost = sum(pushed.lost.values())
             for cause, number in pushed.lost.items():
                 lost[cause] += number
+            # A shard that hung took what its actor had given up.
+            late = min(max(inserted[sender] - pushed.inserted, 0), pushed.lost.get(UNANSWERED, 0))
+            lost[UNANSWERED] -= late
+            num_lost -= late
             if sender in self._died or sender not in self._sent:
                 cause = _DIED if sender in self._died else _EARLIER
                 lost[cause] += sent[sender] - inserted[sender] - refused[sender] - num_lost
                 num_refused += refused[sender]
             else:
-                lost[_FORGOTTEN] += pushed.inserted - inserted[sender]
+                told = pushed.inserted + late
+                lost[_FORGOTTEN] += told - inserted[sender]
                 num_refused += pushed.refused
-                is_balanced &= (
-                    sent[sender] == pushed.inserted + pushed.refused + num_lost and pushed.inserted >= inserted[sender]
-                )
+                is_balanced &= sent[sender] == told + pushed.refused + num_lost and told >= inserted[sender]
         for cause in (_FORGOTTEN, _EARLIER, _DIED):  # Where somebody misses what a shard had of nobody it knows.
             found = min(num_unknown, lost[cause])
             lost[cause] -= found
@@ -86,5 +103,8 @@ class Ledger:
             "lost": {cause: number for cause, number in lost.items() if number},
             "resident": resident,
             "evicted": evicted,
+            "sampled": sum(shard.num_sampled for shard in shards),
+            "priorities_applied": sum(shard.num_priority_updates for shard in shards),
+            "priorities_stale": sum(shard.num_stale_priority_updates for shard in shards),
             "balanced": is_balanced,
         }

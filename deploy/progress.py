@@ -15,6 +15,13 @@ from deploy.ledger import Ledger
 from deploy.params_watch import ParamsWatch
 
 _RECENT_EPISODES = 20
+_LOG_COUNTS = {
+    "bytes": "bytes",
+    "segments": "segments",
+    "unsynced_transitions": "unsynced",
+    "unlogged_transitions": "unlogged",
+    "dropped_transitions": "dropped",
+}
 
 
 class Progress:
@@ -23,13 +30,15 @@ class Progress:
     `counters` go into every checkpoint and come back with it, so that steps, epsilon and wall time continue.
     """
 
-    def __init__(self, config: RunConfig, meta: dict[str, Any], *, is_exact: bool = False) -> None:
-        """`is_exact`: a serial run that goes on to the bit, with the same epoch and the same incarnations."""
+    def __init__(self, config: RunConfig, meta: dict[str, Any], *, last_epoch: int = -1, is_exact: bool = False) -> None:
+        """`last_epoch`: the greatest that was used so far. `is_exact`: a serial run that goes on to the bit, with the same epoch and
+        the same incarnations.
+        """
         self.config = config
         counters = meta.get("run_counters", {})
         self.updates: int = meta.get("updates", 0)
         self.samples: int = meta.get("samples", 0)
-        self.epoch: int = meta.get("epoch", -1) + (not is_exact)
+        self.epoch: int = meta["epoch"] if is_exact else last_epoch + 1
         slots = range(config.actors.num_actors)
         old_steps = {int(slot): steps for slot, steps in counters.get("env_steps", {}).items()}
         # A run that goes on with another number of actors shares out the steps, so that epsilon goes on where it was.
@@ -60,7 +69,7 @@ class Progress:
         """By role and index: a sentence for each worker that does not do its part now."""
         self._known_faults: dict[str, int] = {}
         self._known_disk_faults: dict[str, str] = {}
-        self._known_damages: set[str] = set()
+        self._told: set[str] = set()
         self._evaluation_is_new = False
         self._evaluation_began = (0.0, 0)
         self._previous: dict[str, float] = {}
@@ -161,7 +170,7 @@ class Progress:
         if self.learner is not None and self.learner.num_dropped_batches > self._known_faults.get("learner", 0):
             self._known_faults["learner"] = self.learner.num_dropped_batches
             sentences.append(f"{self.learner.num_dropped_batches} batches dropped so far, the last: {self.learner.last_fault}")
-        return sentences + self._new_disk_faults() + self._new_damages()
+        return sentences + self._new_disk_faults() + self._new_once()
 
     def degraded(self) -> list[str]:
         """Returns what the run does without now: workers that are away, a disk that takes nothing."""
@@ -176,10 +185,18 @@ class Progress:
             )
         return faults
 
-    def _new_damages(self) -> list[str]:
-        damages = {damage for shard in self.shards if shard.log is not None for damage in shard.log.damages}
-        sentences = sorted(damages - self._known_damages)
-        self._known_damages |= damages
+    def _new_once(self) -> list[str]:
+        """Returns what is told once: damages of the logs, what the disk budget has dropped, books that do not balance."""
+        found = {damage for shard in self.shards if shard.log is not None for damage in shard.log.damages}
+        found |= {
+            f"shard {shard.shard_index}: replay.disk_budget {self.config.replay.disk_budget} holds a part of the replay only: a restart "
+            f"loses the rest"
+            for shard in self.shards
+            if shard.log is not None and shard.log.num_dropped
+        }
+        found |= set(self.ledger.faults(self.shards))
+        sentences = sorted(found - self._told)
+        self._told |= found
         return sentences
 
     def _new_disk_faults(self) -> list[str]:
@@ -207,7 +224,7 @@ class Progress:
         lost += [f"{number:,} transitions ({cause})" for cause, number in self.ledger.balance(self.shards)["lost"].items()]
         return (
             f"restored from checkpoint {checkpoint}: networks, optimizer and counters of update {self.updates:,}, epsilon of env step "
-            f"{self.env_steps:,}, {size:,} transitions in {len(self.shards)} shards; lost: {', '.join(lost) or 'nothing'}"
+            f"{self.env_steps:,}, {size:,} transitions in {len(self.shards)} shards; lost so far: {', '.join(lost) or 'nothing'}"
         )
 
     def row(self) -> dict[str, Any]:
@@ -280,6 +297,10 @@ class Progress:
             "shard/samples_per_insert": total["num_sampled"] / inserted if inserted > 0 else None,
             "shard/refused_chunks": total["num_refused_chunks"],
             "shard/stale_priority_updates": sum(shard.num_stale_priority_updates for shard in self.shards),
+            **{
+                f"shard/log_{name}": sum(getattr(shard.log, f"num_{field}") for shard in self.shards if shard.log is not None)
+                for name, field in _LOG_COUNTS.items()
+            },
         }
 
     def _waits_row(self, seconds: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from common import wire
 from common.messages import Array, TransitionChunk
-from common.metrics import PushCounts
+from common.metrics import UNANSWERED, PushCounts
 from common.protocols import InsertReply, SampleReply
 
 _POLL_SECONDS = 0.02
@@ -132,7 +132,7 @@ class RayReplayWriter:
         for shard in {sent.shard for sent in self._unknown}:
             self._settle_unknown(shard, max(deadline - time.monotonic(), 1.0))
         for sent in (*self._in_flight.values(), *self._unknown):
-            self._lose("unanswered at the end", sent.num_transitions)
+            self._lose(UNANSWERED, sent.num_transitions)
         self._in_flight.clear()
         self._num_in_flight = [0] * len(self._shards)
         self._unknown.clear()

@@ -42,6 +42,8 @@ class RunDirectory:
     """The plain values of that checkpoint; empty at the beginning."""
     changed: list[str]
     """Settings that differ from those of the command before this one."""
+    last_epoch: int
+    """The greatest epoch that a command on the run has used; -1 at the beginning. A checkpoint may be of an earlier one."""
     set_aside: list[Path]
     """Checkpoints that are newer than the one that was asked for."""
     commit: str | None
@@ -58,7 +60,13 @@ class RunDirectory:
 
     def write_config(self, config: RunConfig) -> None:
         """Writes settings that were changed while the run goes on, for those who continue it."""
-        write_json(self.path / "run.json", self._info | {"config": config_module.as_dict(config)})
+        self._info["config"] = config_module.as_dict(config)
+        write_json(self.path / "run.json", self._info)
+
+    def write_epoch(self, epoch: int) -> None:
+        """Notes that an epoch is used, before anything is done in it: none comes twice, whatever checkpoint a command goes on from."""
+        self._info["epoch"] = max(epoch, self.last_epoch)
+        write_json(self.path / "run.json", self._info)
 
     def may_go_on_exactly(self, config: RunConfig) -> bool:
         """Whether this command can go on to the bit from the checkpoint: a serial run of the same settings wrote it."""
@@ -90,7 +98,10 @@ def open_run(config: RunConfig, path: Path, checkpoint: str | None = None) -> Ru
       UserError: where the run there is another one, or running, or its files cannot be trusted; nothing is written then.
     """
     _make_directory(path)
-    lock = (path / ".lock").open("a")
+    try:
+        lock = (path / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"--run-dir {path}: no permission to write there ({error.strerror})") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -131,6 +142,7 @@ def _open_locked(config: RunConfig, path: Path, lock: TextIO, name: str | None) 
         checkpoint=checkpoint,
         meta=meta,
         changed=changed,
+        last_epoch=max(info.get("epoch", -1), meta.get("epoch", -1)),
         set_aside=set_aside,
         commit=commit(),
         _info=info,
@@ -141,7 +153,7 @@ def _open_locked(config: RunConfig, path: Path, lock: TextIO, name: str | None) 
 def _checkpoint_named(path: Path, name: str) -> Path:
     found = checkpoints.paths(path / "checkpoints")
     for checkpoint in found:
-        if checkpoint.name == Path(name).name:
+        if name == checkpoint.name or Path(name).resolve() == checkpoint.resolve():
             return checkpoint
     raise UserError(
         f"--from {name}: there is no such checkpoint in {path}; there are {', '.join(p.name for p in found) or 'none'}"

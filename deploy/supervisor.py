@@ -263,6 +263,8 @@ class Supervisor:
             f"the learner died ({one_line(error)}) after update {self._progress.updates:,}; it goes on from checkpoint {checkpoint.name}"
         )
         self._progress.on_learner_died(meta)
+        with contextlib.suppress(OSError):
+            self._run_dir.write_epoch(self._progress.epoch)
         self._make_learners()
         for rank, call in enumerate(self._build_learners(checkpoint)):
             self._expect(call, "learner", rank, _START_SECONDS)

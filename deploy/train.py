@@ -38,7 +38,7 @@ def train(config: RunConfig, path: Path, checkpoint: str | None = None) -> int:
     check_memory(config, spec)
     check_learner(config.learner)
     run_dir = run_dirs.open_run(config, path, checkpoint)
-    progress = Progress(config, run_dir.meta, is_exact=run_dir.may_go_on_exactly(config))
+    progress = Progress(config, run_dir.meta, last_epoch=run_dir.last_epoch, is_exact=run_dir.may_go_on_exactly(config))
     progress.started = started
     budget = progress.stopped_by()
     if budget is not None:
@@ -52,6 +52,7 @@ def train(config: RunConfig, path: Path, checkpoint: str | None = None) -> int:
     _announce(recorder, run_dir, progress)
     outcome: Outcome | None = None
     try:
+        run_dir.write_epoch(progress.epoch)
         if config.serial:
             from deploy.serial import run_serial
 

@@ -1,6 +1,6 @@
 """The ledger: sent = inserted + refused + lost, also when an actor could not say what it sent."""
 
-from common.metrics import UNKNOWN_SENDER, PushCounts, SenderCount, ShardStats
+from common.metrics import UNANSWERED, UNKNOWN_SENDER, PushCounts, SenderCount, ShardStats
 from deploy.ledger import Ledger
 
 
@@ -46,6 +46,9 @@ def test_an_undisturbed_run_balances():
         "lost": {},
         "resident": 65,
         "evicted": 5,
+        "sampled": 0,
+        "priorities_applied": 0,
+        "priorities_stale": 0,
         "balanced": True,
     }
 
@@ -114,3 +117,18 @@ def test_what_a_shard_cannot_read_any_more_is_lost_once():
     assert (balance["sent"], balance["lost"], balance["balanced"]) == (50, {"altered": 8}, True), (
         "its sender sent nothing later"
     )
+
+
+def test_what_a_hanging_shard_took_after_all_is_not_lost():
+    ledger = Ledger()
+    ledger.report(0, 0, 50, pushed(42, lost={UNANSWERED: 8}))
+    balance = ledger.balance([shard(0, 50, 0, {(0, 0): (50, 0, 50)})])
+    assert balance["balanced"] and balance["lost"] == {} and balance["sent"] == balance["inserted"] == 50
+
+
+def test_a_shards_own_books_are_checked_at_any_moment():
+    right = shard(0, 30, 5, {(0, 0): (25, 0, 50), (1, 0): (10, 0, 10)})
+    assert Ledger.faults([right]) == []
+    wrong = shard(1, 30, 5, {(0, 0): (25, 0, 50)})
+    (sentence,) = Ledger.faults([right, wrong])
+    assert "shard 1" in sentence and "25 by its senders, 35 inserted" in sentence

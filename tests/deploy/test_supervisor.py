@@ -77,7 +77,14 @@ def under_test(tmp_path, monkeypatch):
     events, made = deque(), []
     recorder = SimpleNamespace(event=events.append, row=lambda: None)
     config = gridworld()
-    tested = Supervisor(config, None, SimpleNamespace(path=tmp_path), Progress(config, {}), recorder, lambda: False)
+    tested = Supervisor(
+        config,
+        None,
+        SimpleNamespace(path=tmp_path, write_epoch=lambda epoch: None),
+        Progress(config, {}),
+        recorder,
+        lambda: False,
+    )
     monkeypatch.setattr(supervisor.checkpoints, "paths", lambda path: [tmp_path / "0000000030", tmp_path / "0000000040"])
     saved = SimpleNamespace(meta={"updates": 40, "samples": 40 * 64})
     monkeypatch.setattr(supervisor.checkpoints, "read", lambda path: saved)

@@ -1,5 +1,6 @@
 """A shard from its log, against the shard that was never away; the same items on other numbers of shards."""
 
+import errno
 import itertools
 import os
 
@@ -10,7 +11,7 @@ from scipy import stats
 from common import wire
 from common.config import EnvSpec
 from common.messages import PriorityUpdate, SampleBatch
-from replay_server.recovery import SavedShard, catch_up, finish_move, move_into_place, rewrite
+from replay_server.recovery import SavedShard, catch_up, finish_move, first_state, move_into_place, recover, rewrite
 from replay_server.replay_log import ReplayLog, segment_paths
 from replay_server.shard import ReplayShard
 
@@ -297,3 +298,54 @@ def test_a_crash_while_logs_are_exchanged_leaves_the_old_or_the_new(tmp_path, mo
     finish_move(tmp_path / "new", tmp_path / "place")
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
     assert (tmp_path / "place" / "file").read_text() in ("new", "place")
+
+
+@pytest.mark.parametrize("fails_at", [3, 5, 20])
+def test_a_rewrite_that_the_disk_does_not_take_leaves_the_log_as_it_was(tmp_path, feed, monkeypatch, fails_at):
+    """Full for one write, or for good. Kills: records that are left out of the new log, which is then taken for whole."""
+    shard = begin(tmp_path / "log")
+    feed([shard], 40)
+    state = shard.save()
+    before = contents(shard)
+    path = segment_paths(tmp_path / "log")[1]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    writev, calls = os.writev, itertools.count()
+
+    def full(file, parts):
+        if next(calls) == fails_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return writev(file, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "writev", full)
+        with pytest.raises(OSError, match="No space left"):
+            recover(tmp_path / "log", state, 150, [], keeps_samples=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["log"], "what was half written is gone"
+    state = recover(tmp_path / "log", state, 150, [], keeps_samples=True)
+    mended, log = make_shard(tmp_path / "log")
+    mended.restore(log.open([]), state, log.read_priorities(state["priorities"], []))
+    assert 0 < len(before) - len(contents(mended)) < 6
+
+
+def test_a_smaller_shard_takes_what_a_larger_one_held(tmp_path, feed):
+    """Smaller than a chunk: chunks are divided. Kills: a log that is refused for it."""
+    shard = begin(tmp_path / "log")
+    feed([shard], 40)
+    state = shard.save()
+    newest = sorted(contents(shard))[-3:]
+    state = recover(tmp_path / "log", state, 3, [], keeps_samples=False)
+    small, log = make_shard(tmp_path / "log", capacity=3, min_size=1)
+    small.restore(log.open([]), state, log.read_priorities(state["priorities"], []))
+    assert sorted(contents(small)) == newest
+
+
+def test_a_shard_that_dies_before_the_first_checkpoint_has_its_log(tmp_path, feed):
+    shard = begin(tmp_path / "log")
+    feed([shard], 20)
+    state = recover(tmp_path / "log", first_state(tmp_path / "log"), 150, [], keeps_samples=True)
+    back, log = make_shard(tmp_path / "log")
+    back.restore(log.open([]), state, None)
+    assert contents(back).keys() == contents(shard).keys()
+    assert back.stats().senders == shard.stats().senders and first_state(tmp_path / "none") is None

@@ -2,11 +2,12 @@
 
 import errno
 import os
+import threading
 
 import numpy as np
 import pytest
 
-from replay_server.replay_log import ReplayLog, segment_paths
+from replay_server.replay_log import Priorities, ReplayLog, segment_paths
 
 SEGMENT_BYTES = 400
 
@@ -200,3 +201,75 @@ def test_the_thread_syncs_while_records_come(tmp_path):
     log.close()
     assert log.stats().num_unsynced == 0 and log.stats().fault is None
     assert read(tmp_path)[0] == plain(records)[-len(read(tmp_path)[0]) :]
+
+
+def fails(number):
+    def call(*_):
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+@pytest.mark.parametrize("broken", ["fdatasync", "fsync", "dup"])
+def test_a_sync_that_failed_is_told_and_tried_again_whole(tmp_path, monkeypatch, broken):
+    """Kills: files that are forgotten with the error, a fault that the next record takes back, a thread that ends by it."""
+    records = messages(40)
+    log = fill(tmp_path, records[:30])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, broken, fails(errno.EIO))
+        log.sync()
+        log.append(*records[30])
+        assert "may not survive a power failure" in log.stats().fault and log.stats().num_unsynced > 0
+    synced, names = set(), []
+    fdatasync, fsync = os.fdatasync, os.fsync
+    monkeypatch.setattr(os, "fdatasync", lambda file: synced.add(os.readlink(f"/proc/self/fd/{file}")) or fdatasync(file))
+    monkeypatch.setattr(os, "fsync", lambda file: names.append(file) or fsync(file))
+    log.sync()
+    assert synced == {str(path) for path in segment_paths(tmp_path)} and names
+    assert log.stats().fault is None and log.stats().num_unsynced == 0
+
+
+def test_a_sync_waits_for_one_that_is_under_way(tmp_path, monkeypatch):
+    """Kills: a checkpoint that says what is on the disk while the log's own thread is still about it."""
+    log = fill(tmp_path, messages(30))
+    began, may_go = threading.Event(), threading.Event()
+    synced, fdatasync = [], os.fdatasync
+
+    def slow(file):
+        began.set()
+        assert may_go.wait(10)
+        synced.append(os.readlink(f"/proc/self/fd/{file}"))
+        fdatasync(file)
+
+    monkeypatch.setattr(os, "fdatasync", slow)
+    first = threading.Thread(target=log.sync)
+    first.start()
+    assert began.wait(10)
+    threading.Timer(0.1, may_go.set).start()
+    log.sync()
+    assert set(synced) == {str(path) for path in segment_paths(tmp_path)}
+    first.join()
+
+
+def test_a_deleted_segment_holds_no_disk_and_no_descriptor(tmp_path):
+    """A budget for three segments, and no sync. Kills: files that are deleted and stay open, so that the budget bounds nothing."""
+    before = len(os.listdir("/proc/self/fd"))
+    fill(tmp_path, messages(2_000), disk_budget=1_200)
+    assert len(os.listdir("/proc/self/fd")) - before <= len(segment_paths(tmp_path)) <= 5
+
+
+def test_priorities_stay_while_somebody_names_them_and_damage_is_told(tmp_path):
+    log = fill(tmp_path, messages(3))
+    saved = Priorities(5, 0.5, np.array([1.0, 2.0]))
+    names = [log.write_priorities(saved)]
+    for _ in range(3):
+        names.append(log.write_priorities(saved, {names[0]}))
+    assert sorted(path.name for path in tmp_path.glob("priorities-*")) == [names[0], names[3]]
+    damages = []
+    np.testing.assert_array_equal(log.read_priorities(names[3], damages).values, saved.values)
+    assert log.read_priorities(None, damages) is None and not damages
+    data = bytearray((tmp_path / names[0]).read_bytes())
+    data[-1] ^= 1
+    (tmp_path / names[0]).write_bytes(data)
+    assert log.read_priorities(names[0], damages) is None and log.read_priorities(names[1], damages) is None
+    assert "altered" in damages[0] and names[0] in damages[0] and "gone" in damages[1]
