@@ -187,6 +187,7 @@ def test_a_full_disk_costs_durability_loudly_and_never_the_run(fleet, tmp_path):
 @pytest.mark.slow
 def test_torn_and_altered_bytes_cost_what_they_hit_and_are_named(start, fleet):
     run = fleet()
+    run.wait_for("a second checkpoint", lambda: len(list((run.path / "checkpoints").glob("0*"))) > 1)
     kill_driver(run)
     first, second = (segment_paths(run.path / "replay" / name)[-1] for name in ("0", "1"))
     data = bytearray(first.read_bytes())
@@ -236,7 +237,7 @@ from ray.cluster_utils import Cluster
 from deploy import cli, supervisor
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"head": 1}})
-nodes = [cluster.add_node(num_cpus=2) for _ in range(2)]
+nodes = [cluster.add_node(num_cpus=8) for _ in range(2)]  # Either takes all.
 
 def start(config, temp_dir):
     ray.init(address=cluster.address, log_to_driver=False)
