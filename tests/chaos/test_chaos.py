@@ -51,6 +51,7 @@ def start(tmp_path):
     for run in runs:
         if run.process.poll() is None:
             run.process.kill()
+            run.process.wait(10)
 
 
 @pytest.fixture

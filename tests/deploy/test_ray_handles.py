@@ -5,6 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from deploy import ray_environment
+
+ray_environment.prepare()
+
 from ray.exceptions import RayActorError, RayTaskError
 
 from common import wire

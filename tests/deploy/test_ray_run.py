@@ -24,6 +24,7 @@ def start(tmp_path):
     for run in runs:
         if run.process.poll() is None:
             run.process.kill()
+            run.process.wait(10)
 
 
 def test_a_killed_actor_is_replaced_and_an_interrupted_run_goes_on(start):
