@@ -10,6 +10,9 @@ import pytest
 
 from common.messages import Array, TransitionChunk
 from common.planes import codec_of, encode_block, join_blocks, planes_per_block
+from deploy import ray_environment
+
+ray_environment.prepare()  # Before any test imports Ray, which reads it then.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,11 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
-from deploy import ray_environment
-
-ray_environment.prepare()
-
 from ray.exceptions import RayActorError, RayTaskError
 
 from common import wire

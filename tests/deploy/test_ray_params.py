@@ -8,20 +8,15 @@ import time
 
 import numpy as np
 import pytest
+import ray
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
+import deploy
 from common import wire
 from common.messages import ParamsSnapshot
-from deploy import ray_environment
-
-ray_environment.prepare()
-
-import ray  # noqa: E402
-from ray._private.internal_api import get_memory_info_reply, get_state_from_address  # noqa: E402
-
-import deploy  # noqa: E402
-from deploy import roles  # noqa: E402
-from deploy.ray_handles import Worker  # noqa: E402
-from deploy.ray_params import RayParamsReader, RayParamsWriter  # noqa: E402
+from deploy import roles
+from deploy.ray_handles import Worker
+from deploy.ray_params import RayParamsReader, RayParamsWriter
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
 
