@@ -157,7 +157,7 @@ class System:
         self.ray.get(acting, timeout=_TIMEOUT_SECONDS)
         self._ask("learner", "close")
         stats, ledger = self._ask("actor", "close", _TIMEOUT_SECONDS / 2), Ledger()
-        ledger.report(stats.slot, stats.incarnation, stats.sent, stats.lost)
+        ledger.report(stats.slot, stats.incarnation, stats.sent, stats.pushed)
         return ledger.balance([self._shard()])
 
     def _shard(self) -> ShardStats:
