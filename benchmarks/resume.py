@@ -1,6 +1,6 @@
 """A run whose driver is killed in mid-run and that is resumed, beside an undisturbed one: learning curves in one picture.
 
-    python benchmarks/resume.py [--recipe pong] [--env-steps 200000] [--kill-at 100000] [--seed 0] [--out docs/resume.png]
+    python benchmarks/resume.py [--recipe pong] [--env-steps 200000] [--kill-at 100000] [--checkpoint-seconds 60] [--seed 0] [--out docs/resume.png]
 
 The driver gets SIGKILL, which ends all of Ray with it, at the first row of metrics after so many env steps; `qfleet resume` goes on.
 """
@@ -78,11 +78,13 @@ def main() -> None:
     parser.add_argument("--recipe", default="pong")
     parser.add_argument("--env-steps", type=int, default=200_000)
     parser.add_argument("--kill-at", type=int, default=100_000)
+    parser.add_argument("--checkpoint-seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("docs/resume.png"))
     arguments = parser.parse_args()
     words = [arguments.recipe, "--seed", str(arguments.seed), "--max-env-steps", str(arguments.env_steps)]
     words += ["--evaluation.target-return", "None", "--log-period-seconds", "1"]
+    words += ["--learner.checkpoint-period-seconds", str(arguments.checkpoint_seconds)]
     with tempfile.TemporaryDirectory() as name:
         calm, killed = Path(name) / "calm", Path(name) / "killed"
         subprocess.run([*COMMAND, "train", *words, "--run-dir", str(calm)], check=True, stdout=subprocess.DEVNULL)
