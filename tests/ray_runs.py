@@ -50,3 +50,11 @@ class Run:
         status = self.process.wait(seconds)
         assert "Traceback" not in self.text()
         return status, self.summary()
+
+
+def end_all(runs):
+    """Ends what a test has left under way."""
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.kill()
+            run.process.wait(10)

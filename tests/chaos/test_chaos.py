@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from faults import Chaos, check_gone, check_ledger, check_logs, check_told, deaths
-from ray_runs import Run
+from ray_runs import Run, end_all
 
 from replay_server.recovery import NOT_IN_LOG
 from replay_server.replay_log import segment_paths
@@ -48,10 +48,7 @@ def start(tmp_path):
         return runs[-1]
 
     yield begin
-    for run in runs:
-        if run.process.poll() is None:
-            run.process.kill()
-            run.process.wait(10)
+    end_all(runs)
 
 
 @pytest.fixture

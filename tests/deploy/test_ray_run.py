@@ -4,7 +4,7 @@ import os
 import signal
 
 import pytest
-from ray_runs import Run
+from ray_runs import Run, end_all
 
 pytestmark = pytest.mark.ray
 
@@ -21,10 +21,7 @@ def start(tmp_path):
         return runs[-1]
 
     yield begin
-    for run in runs:
-        if run.process.poll() is None:
-            run.process.kill()
-            run.process.wait(10)
+    end_all(runs)
 
 
 def test_a_killed_actor_is_replaced_and_an_interrupted_run_goes_on(start):
