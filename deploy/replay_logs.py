@@ -85,6 +85,8 @@ class ReplayLogs:
     def priorities_in_use(self, states: Sequence[Mapping[str, Any] | None]) -> list[set[str]]:
         """Returns by shard the files of priorities that checkpoints and layout name: those that are written, and the one of these states."""
         found: list[set[str]] = [set() for _ in range(self._config.replay.num_shards)]
+        if self._config.replay.sync_seconds is None:
+            return found
         saved: list[Sequence[Mapping[str, Any] | None]] = [states, self._layout_states or states]
         for path in checkpoints.paths(self._root.with_name("checkpoints")):
             with contextlib.suppress(CheckpointError):

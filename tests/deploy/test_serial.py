@@ -187,3 +187,12 @@ def test_no_epoch_comes_twice_whatever_checkpoint_a_command_goes_on_from(tmp_pat
     epochs = [checkpoints.read_meta(path)["epoch"] for path in checkpoints.paths(tmp_path / "checkpoints")]
     assert epochs == [0, 2]
     assert [path.name[:10] for path in (tmp_path / "checkpoints" / "aside").iterdir()] == ["0000000040"]
+
+
+def test_a_run_without_a_log_goes_on_with_other_shards_and_an_empty_replay(tmp_path):
+    """Kills: checkpoints of another number of shards that are taken for this one's, since neither has a layout."""
+    flags = [*CARTPOLE, "--replay.sync-seconds", "None"]
+    train(tmp_path, *flags, "--max-updates", "20", "--replay.num-shards", "2")
+    status, summary = train(tmp_path, *flags, "--max-updates", "40", "--replay.num-shards", "3")
+    assert status == 0 and summary["updates"] == 40 and summary["ledger"]["balanced"]
+    assert summary["ledger"]["lost"]["of a replay without a log"] > 0
