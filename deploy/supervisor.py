@@ -50,6 +50,7 @@ _QUIET_SECONDS = 10.0  # A worker that was to report after a second and did not 
 _HUNG_SECONDS = 60.0  # And after so long it is given up.
 _LOOK_SECONDS = 1.0  # Between two questions to shards and store, which answer at once.
 _SILENT_SECONDS = 30.0  # A shard or store that did not answer for so long is given up.
+_SIDE_CALLS = ("saving", "saving networks", "limiter")  # Of workers that have another call under way, which tells how they are.
 _FULL_DISK_SECONDS = 5.0  # Until a shard is made again whose log could not be written.
 _REST_SECONDS = 15.0  # For an actor to end its call of a second, at the end of a run.
 _DRAIN_LOOK_SECONDS = 5.0  # Between two questions which nodes are about to leave.
@@ -144,7 +145,7 @@ class Supervisor:
         self._shard_states, self._shard_restarts = [start.state for start in starts], [0 for _ in indices]
         self._store = self._worker("store", plan.store, max_restarts=-1)
         built = [self._build_shard(i, start) for i, start in enumerate(starts)]
-        built.append(self._store.build.remote(roles.make_params_store))
+        built.append(self._build_store())
         built += self._build_learners(self._run_dir.checkpoint)
         self._start_evaluator()
         for slot in range(config.actors.num_actors):
@@ -201,6 +202,10 @@ class Supervisor:
         epoch = 1_000 * self._progress.epoch + self._shard_restarts[index]
         arguments = (self._config, self._spec, self._run_dir.run, index, epoch, start)
         return self._shards[index].build.options(max_task_retries=-1).remote(roles.make_shard, *arguments)
+
+    def _build_store(self) -> Any:
+        """Has the params store made; returns the call, which waits for the process where that comes anew."""
+        return self._store.build.options(max_task_retries=-1).remote(roles.make_params_store)
 
     def _learner_names(self) -> list[str]:
         ranks = range(self._config.learner.num_devices)
@@ -387,9 +392,10 @@ class Supervisor:
         """Takes up a change of the limiters that `qfleet adjust` has left."""
 
         def set_limiters(shares: dict[str, Any]) -> None:
-            for index, shard in enumerate(self._shards):
+            calls = [shard.call.remote("set_limiter", **shares) for shard in self._shards]
+            for index, call in enumerate(calls):
                 try:
-                    self._answers([shard.call.remote("set_limiter", **shares)], _LOOK_SECONDS, f"shard {index}")
+                    self._answers([call], _LOOK_SECONDS, f"shard {index}")
                 except RunFault:  # It is away, or slow: it hears of it when it answers again.
                     self._limiters_due[index] = shares
 
@@ -425,7 +431,7 @@ class Supervisor:
         except RayError as error:
             self._on_death(role, index, error)
             return
-        if not isinstance(result, WorkerAddress):
+        if role not in _SIDE_CALLS and not isinstance(result, WorkerAddress):
             if role != "learner" or isinstance(result, LearnerStats):
                 policy, slot = self._policy(role, index)
                 policy.on_report(slot)
@@ -531,7 +537,7 @@ class Supervisor:
         cause = error.cause if isinstance(error, RayTaskError) else None
         if isinstance(cause, (NonFiniteError, UserError)) and not isinstance(cause, WireError):
             raise type(cause)(f"{role} {index}: {cause}") from error
-        if role in ("saving", "saving networks", "limiter"):  # Another call says so too; the checkpoint before stays.
+        if role in _SIDE_CALLS:  # Another call says so too; the checkpoint before stays.
             return
         if isinstance(cause, NotBuiltError):
             error = ray.exceptions.RayActorError("its process came anew")
@@ -584,8 +590,7 @@ class Supervisor:
                 self._expect(self._build_shard(index, start), "shard", index, _START_SECONDS)
                 continue
             if role == "store":
-                built = self._store.build.options(max_task_retries=-1).remote(roles.make_params_store)
-                self._expect(built, "store", 0, _START_SECONDS)
+                self._expect(self._build_store(), "store", 0, _START_SECONDS)
                 continue
             self._progress.away.pop((role, index), None)
             if role == "actor":
@@ -729,10 +734,12 @@ class Supervisor:
     def _save(self) -> str | None:
         """Writes a checkpoint now; returns its name, or None where the disk does not take it, which is told."""
         kept = self._logs.priorities_in_use(self._shard_states)
-        for index, shard in enumerate(self._shards):
+        calls = [shard.call.remote("save", names) for shard, names in zip(self._shards, kept, strict=True)]
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        for index, call in enumerate(calls):
             with contextlib.suppress(RunFault):  # One that is away stays as it was at the checkpoint before.
-                call = shard.call.remote("save", kept[index])
-                (self._shard_states[index],) = self._answers([call], _ANSWER_SECONDS, f"shard {index} to save")
+                seconds = max(deadline - time.monotonic(), 0.0)
+                (self._shard_states[index],) = self._answers([call], seconds, f"shard {index} to save")
         call = self._learners[0].call.remote("save", self._checkpoint_parts())
         try:
             (name,) = self._answers([call], _ANSWER_SECONDS, "the learner to write a checkpoint")
