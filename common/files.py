@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -31,6 +32,17 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
+
+
+def sealed(body: bytes) -> bytes:
+    """Returns the bytes of a file that begins with its checksum."""
+    return hashlib.sha256(body).digest() + body
+
+
+def unsealed(data: bytes) -> bytes | None:
+    """Returns what `sealed` was given, or None where a byte is gone or altered."""
+    digest, body = data[:32], data[32:]
+    return body if hashlib.sha256(body).digest() == digest else None
 
 
 def make_directory(path: Path) -> None:

@@ -9,7 +9,6 @@ shards stood in it: the checkpoint that a run goes on from may be of the writing
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import msgpack
 
 from common.config import RunConfig
 from common.errors import CheckpointError, UserError
-from common.files import make_directory, write_whole
+from common.files import make_directory, sealed, unsealed, write_whole
 from learner import checkpoint as checkpoints
 from replay_server.recovery import GONE, NO_LOG, SavedShard, catch_up, emptied, finish_move, move_into_place, rewrite, share
 from replay_server.replay_log import Damage, ReplayLog
@@ -128,9 +127,9 @@ class ReplayLogs:
             return saved, False
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror})") from error
-        if hashlib.sha256(data[32:]).digest() != data[:32]:
+        if (body := unsealed(data)) is None:
             raise UserError(f"{path}: its checksum is wrong: restore it, or delete {self._root} to go on without the replay")
-        layout = msgpack.unpackb(data[32:])
+        layout = msgpack.unpackb(body)
         self.layout, self._layout_states = layout["layout"], layout["shards"]
         return list(saved if layout["layout"] == meta.get("replay_layout") else layout["shards"]), bool(saved)
 
@@ -141,8 +140,7 @@ class ReplayLogs:
 
     def _write_layout(self, root: Path, states: list[dict[str, Any]]) -> None:
         self.layout, self._layout_states = secrets.token_hex(4), states
-        body = msgpack.packb({"layout": self.layout, "shards": states})
-        write_whole(root / _LAYOUT, hashlib.sha256(body).digest() + body)
+        write_whole(root / _LAYOUT, sealed(msgpack.packb({"layout": self.layout, "shards": states})))
 
     def _has_more(self, states: list[dict[str, Any]]) -> bool:
         """Whether a log holds items that came after the checkpoint."""

@@ -22,7 +22,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from common.errors import CheckpointError
-from common.files import make_directory, sync_directory, write_synced
+from common.files import make_directory, sealed, sync_directory, unsealed, write_synced
 from common.messages import Array
 
 FORMAT_VERSION = 2
@@ -75,7 +75,7 @@ def _write_aside(aside: Path, checkpoint: Checkpoint) -> None:
         write_synced(aside / f"{name}.safetensors", data)
         files[f"{name}.safetensors"] = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     body = msgpack.packb({"format_version": FORMAT_VERSION, "files": files, "meta": dict(checkpoint.meta)})
-    write_synced(aside / MANIFEST, hashlib.sha256(body).digest() + body)
+    write_synced(aside / MANIFEST, sealed(body))
     sync_directory(aside)
 
 
@@ -136,8 +136,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     data = _read_bytes(file)
-    digest, body = data[:32], data[32:]
-    if hashlib.sha256(body).digest() != digest:
+    if (body := unsealed(data)) is None:
         raise _fault(file, "its checksum is wrong: truncated or altered")
     manifest = msgpack.unpackb(body, strict_map_key=False)
     if manifest["format_version"] not in _READABLE:

@@ -26,7 +26,7 @@ import msgpack
 import numpy as np
 import xxhash
 
-from common.files import make_directory, sync_directory, write_synced
+from common.files import make_directory, sealed, sync_directory, unsealed, write_synced
 from common.messages import Array
 from common.metrics import LogStats
 
@@ -124,6 +124,7 @@ class ReplayLog:
         self._sync_lock = threading.Lock()  # One sync at a time: each returns when what came before it is on the disk.
         self._has_new_files = False
         self._oldest_item_id = self._appended_end = self._synced_end = 0
+        self._num_bytes = 0  # Of all segments.
         self._num_unlogged = self._num_dropped = 0
         self._faults: dict[str, str] = {}  # By what is at fault: write, sync, priorities.
         self._retry_at = 0.0
@@ -151,6 +152,7 @@ class ReplayLog:
                 os.truncate(path, found[-1].offset)
             if end_item_id:
                 self._segments.append(_Segment(path, end_item_id, path.stat().st_size))
+                self._num_bytes += self._segments[-1].num_bytes
                 self._appended_end = self._synced_end = end_item_id
             else:
                 path.unlink()
@@ -190,7 +192,7 @@ class ReplayLog:
         there = sorted(self.directory.glob(f"priorities-{'[0-9]' * 8}.msgpack"))
         path = self.directory / f"priorities-{int(there[-1].stem.split('-')[1]) + 1 if there else 0:08d}.msgpack"
         try:
-            write_synced(path, _checksum(b"", memoryview(message)).to_bytes(8, "little") + message)
+            write_synced(path, sealed(message))
             sync_directory(self.directory)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -209,10 +211,11 @@ class ReplayLog:
         if name is None:
             return None
         path = self.directory / name
-        data = path.read_bytes() if path.exists() else b""
-        message = data[8:]
-        if not data or data[:8] != _checksum(b"", memoryview(message)).to_bytes(8, "little"):
-            damages.append(f"{path}: {'altered' if data else 'gone'}: items have the priorities that their actors gave")
+        message = unsealed(path.read_bytes()) if path.exists() else None
+        if message is None:
+            damages.append(
+                f"{path}: {'altered' if path.exists() else 'gone'}: items have the priorities that their actors gave"
+            )
             return None
         first_item_id, exponent, values = msgpack.unpackb(message)
         return Priorities(first_item_id, exponent, np.frombuffer(values, "<f8"))
@@ -276,7 +279,7 @@ class ReplayLog:
         with self._lock:
             num_unsynced = self._appended_end - self._synced_end
         return LogStats(
-            num_bytes=sum(segment.num_bytes for segment in self._segments),
+            num_bytes=self._num_bytes,
             num_segments=len(self._segments),
             num_unsynced=num_unsynced,
             num_unlogged=self._num_unlogged,
@@ -297,7 +300,7 @@ class ReplayLog:
             self._write(0, first_item_id, num_sampled, memoryview(self.state()))
         if self._disk_budget is None:
             return
-        while len(self._segments) > 1 and sum(one.num_bytes for one in self._segments) + num_bytes > self._disk_budget:
+        while len(self._segments) > 1 and self._num_bytes + num_bytes > self._disk_budget:
             following = self._segments[1].path
             self._num_dropped += int(following.stem, 16) - int(self._segments[0].path.stem, 16)
             self._delete_oldest()
@@ -324,6 +327,7 @@ class ReplayLog:
                 os.lseek(self._file, segment.num_bytes, os.SEEK_SET)
             raise
         segment.num_bytes += wanted
+        self._num_bytes += wanted
 
     def _close_file(self) -> None:
         with self._lock:
@@ -333,6 +337,7 @@ class ReplayLog:
     def _delete_oldest(self) -> None:
         with self._lock:
             segment = self._segments.popleft()
+            self._num_bytes -= segment.num_bytes
             if segment.unsynced_file is not None:
                 os.close(segment.unsynced_file)
         with contextlib.suppress(OSError):
