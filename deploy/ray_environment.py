@@ -6,15 +6,39 @@ import os
 import secrets
 from pathlib import Path
 
+from common.errors import UserError
+
 
 def prepare() -> None:
-    """Asks for token authentication with a token that is written nowhere, no usage statistics, and this checkout's modules.
+    """For a Ray of this process's own: asks for token authentication with a token that is written nowhere, no usage statistics, and
+    this checkout's modules.
 
     What the user has set stays as it is. Workers inherit all of it from Ray's processes, which inherit it from this one.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    _prepare_modules()
+
+
+def prepare_to_attach(address: str) -> None:
+    """For a cluster that is there: the same, with the cluster's token, as Ray looks for it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token.
+
+    Raises:
+      UserError: where there is no token, and nobody said that the cluster has none.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] == "token" and not os.environ.get("RAY_AUTH_TOKEN"):
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"--address {address}: {path} has no token: copy the head's there, with mode 600 (`ray get-auth-token` prints it there), or "
+                f"name its file in RAY_AUTH_TOKEN_PATH; RAY_AUTH_MODE=disabled is for a cluster that has none, which whoever reaches it commands"
+            )
+    _prepare_modules()
+
+
+def _prepare_modules() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     root = str(Path(__file__).resolve().parent.parent)

@@ -11,10 +11,11 @@ from ray.exceptions import RayActorError, RayTaskError
 from common.errors import CheckpointError
 from common.metrics import LearnerStats
 from deploy import supervisor
+from deploy.outcome import RunFault
 from deploy.progress import Progress
 from deploy.ray_handles import WorkerAddress
 from deploy.recipes import gridworld
-from deploy.supervisor import RunFault, Supervisor
+from deploy.supervisor import Supervisor
 
 
 def learner_stats(updates):
