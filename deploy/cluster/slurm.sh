@@ -34,7 +34,7 @@ token_file=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
 # The token is read from this file on every node, and is in no environment and on no command line, which other users can see.
 mode=$(stat --dereference --format=%a "$token_file" 2>/dev/null || echo none)
 if [[ $mode != 600 && $mode != 400 ]]; then
-    echo "$token_file: mode $mode; make it with: ray get-auth-token --generate; chmod 600 $token_file" >&2
+    echo "$token_file: mode $mode; make it with: ray get-auth-token --generate > /dev/null; chmod 600 $token_file" >&2
     exit 2
 fi
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token_file RAY_USAGE_STATS_ENABLED=0

@@ -189,7 +189,7 @@ def ray_commands(text: str) -> Iterator[tuple[click.Command, list[str]]]:
 
 def qfleet_commands(text: str) -> list[list[str]]:
     """Returns the words of each command of ours in a text, after `qfleet`."""
-    lines = _commands(text, r"(?<![\w./-])(?:(?:\.venv/bin/)?qfleet|python -m deploy) (?=[a-z-]+ )")
+    lines = _commands(text, r"(?<![\w./-])(?:(?:\.venv/bin/)?qfleet|python -m deploy) (?=[a-z][a-z-]* )")
     return [shlex.split(re.sub(r"^(\S*qfleet|python -m deploy) ", "", line)) for line in lines]
 
 
