@@ -2,7 +2,7 @@
 # A run as one Slurm job of two parts: a node with a GPU for driver, learner and shards, and nodes for actors. docs/slurm.md has the
 # commands; what you must set is marked SET.
 #
-#   sbatch --export=ALL,QFLEET_CHECKOUT=$HOME/qfleet,QFLEET_RUNS=/shared/$USER/runs deploy/cluster/slurm.sh
+#   sbatch --export=ALL,QFLEET_CHECKOUT=$HOME/qfleet,QFLEET_RUNS=/scratch/$USER/runs deploy/cluster/slurm.sh
 #
 #SBATCH --job-name=qfleet
 #SBATCH --output=qfleet-%j.log
