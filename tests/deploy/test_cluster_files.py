@@ -164,7 +164,6 @@ def test_requests_that_are_not_the_limits_are_found(wrong):
 
 
 # Until --address, the labels of nodes and the recipe `small-cluster` are there; then without this mark.
-@pytest.mark.xfail(strict=False, reason="the flags of a cluster are not here yet")
 @pytest.mark.parametrize(
     "path", [*(FOLDER / name for name in ALL), *(ROOT / "docs" / page for page in PAGES)], ids=lambda path: path.name
 )
