@@ -201,9 +201,10 @@ def print_plan(config: RunConfig) -> int:
     from actors.environments import probe
 
     spec = probe(config.env)
-    check_learner(config.learner)
+    if config.address is None:
+        check_learner(config.learner)
     check_index(config, spec)
-    gpu = gpu_memory() if config.learner.device != "cpu" else None
+    gpu = gpu_memory() if config.learner.device != "cpu" and config.address is None else None
     roles = plan_memory(config, spec, uses_gpu=gpu is not None)
     table = Table("role", "workers", "RAM each", "RAM", "GPU memory", "", box=None, pad_edge=False)
     for role in roles:
@@ -213,8 +214,13 @@ def print_plan(config: RunConfig) -> int:
         )
     total, shared = sum(role.workers * role.ram for role in roles), _shared_memory(config)
     console = Console(width=130, highlight=False)
-    console.print(f"qfleet {'run in one process' if config.serial else 'run'} of {config.recipe}, all on this node:")
+    where = "all on this node" if config.address is None else "on a cluster"
+    console.print(f"qfleet {'run in one process' if config.serial else 'run'} of {config.recipe}, {where}:")
     console.print(table)
+    if config.address is not None:
+        console.print(_cluster_sentence(config, roles))
+        console.print(_replay_sentence(config, spec))
+        return 0
     console.print(
         f"RAM {ByteSize(total)} and shared memory {ByteSize(shared)} (Ray's object store) of {ByteSize(available_memory())} available; "
         + (
@@ -234,6 +240,19 @@ def print_plan(config: RunConfig) -> int:
             f"--learner.prefetch-batches"
         )
     return 0
+
+
+def _cluster_sentence(config: RunConfig, roles: list[RoleMemory]) -> str:
+    """Says what nodes a run needs; which there are is known when it is attached."""
+    cpus = plan_cluster_cpus(config, None, uses_gpu=config.learner.device != "cpu")
+    together = [role for role in roles if role.role in ("learner", "shard", "params store", "evaluator")]
+    num_cpus = config.learner.num_devices * cpus.learner + config.replay.num_shards * cpus.shard + cpus.evaluator
+    memory = ByteSize(sum(role.workers * role.ram for role in together))
+    (actor,) = [role for role in roles if role.role == "actor"]
+    return (
+        f"learner, shards, params store and evaluator, best on one node: {num_cpus:g} CPUs, {memory} of RAM, and a GPU for each learner where there are "
+        f"some; driver and Ray on the head; each of {actor.workers} actors {cpus.actor:g} CPU and {ByteSize(actor.ram)}, wherever there is room"
+    )
 
 
 def gpu_memory() -> int | None:
