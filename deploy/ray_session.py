@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import psutil
 import ray
@@ -111,12 +113,16 @@ def attach(address: str) -> None:
     Raises:
       UserError: where there is none, or it does not let this process in.
     """
-    if address != "auto":
-        _check_that_something_listens(address)
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=_runtime_env())
-    except Exception as error:  # Ray raises bare ones here.
-        raise UserError(_why_not_attached(address, error)) from error
+    there = _address_of_this_machine() if address == "auto" else address
+    if there is not None:
+        _check_that_something_listens(address, there)
+    with tempfile.TemporaryFile() as said:
+        try:
+            with _stderr_into(said):  # Only there Ray says that a token was refused, once a second.
+                ray.init(address=there or "auto", log_to_driver=False, logging_level=logging.ERROR, runtime_env=_runtime_env())
+        except Exception as error:  # Ray raises bare ones here.
+            said.seek(0)
+            raise UserError(f"--address {address}: {_why_not_attached(error, said.read().decode(errors='replace'))}") from error
 
 
 def runs_as_job() -> bool:
@@ -131,16 +137,50 @@ def _runtime_env() -> dict[str, Any]:
     return {"working_dir": str(_CHECKOUT), "excludes": [f"/{name}" for name in _NOT_SHIPPED]}
 
 
-def _check_that_something_listens(address: str) -> None:
+def _address_of_this_machine() -> str | None:
+    """Returns the cluster that auto means: that of RAY_ADDRESS, or that of the last `ray start` here; None where neither is known."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        return address
+    file = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
+    return (file.read_text().strip() or None) if file.exists() else None
+
+
+def _check_that_something_listens(asked: str, address: str) -> None:
+    """Raises UserError where nothing does: Ray would wait for minutes."""
+    where = f"--address {asked}" if asked == address else f"--address {asked}, which is {address} here"
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         raise UserError(
-            f"--address {address}: nothing answers there ({error}): give the head's address as `ray start --head` printed it, "
-            f"its port is 6379 unless it was told otherwise"
+            f"{where}: nothing answers there ({error}): give the head's address as `ray start --head` printed it; its port is 6379 "
+            f"unless it was told otherwise"
         ) from error
 
 
-def _why_not_attached(address: str, error: Exception) -> str:
-    return f"--address {address}: {one_line(error)}"
+@contextlib.contextmanager
+def _stderr_into(file: IO[bytes]) -> Iterator[None]:
+    """Has a file take what anything in this process, C++ too, writes to standard error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _why_not_attached(error: Exception, said: str) -> str:
+    """Returns a sentence, by what Ray 2.60 raises and writes."""
+    if "InvalidAuthToken" in said:
+        if os.environ.get("RAY_AUTH_MODE") != "token":
+            return "the cluster asks for a token, and RAY_AUTH_MODE is not token: unset it, and have the head's token in ~/.ray/auth_token"
+        return (
+            "the cluster refuses the token that it was shown: it must be the one that its head was started with; RAY_AUTH_TOKEN comes before "
+            "RAY_AUTH_TOKEN_PATH, and that before ~/.ray/auth_token"
+        )
+    if "Could not find any running Ray instance" in str(error):
+        return "this machine is no node of a cluster: start one with `ray start`, or give the HOST:PORT of a head"
+    return one_line(error)
