@@ -118,7 +118,7 @@ def measure_supervisor(num_actors: int, seconds: float, report_seconds: float | 
         base,
         address="auto",
         max_minutes=None,
-        actors=dataclasses.replace(base.actors, num_actors=num_actors, on_head=True),
+        actors=dataclasses.replace(base.actors, num_actors=num_actors, on_head=True, params_alarm_seconds=None),
         replay=dataclasses.replace(base.replay, sync_seconds=None),
         evaluation=dataclasses.replace(base.evaluation, target_return=None),
     )
