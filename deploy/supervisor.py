@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from common.config import EnvSpec, RunConfig
 from common.errors import CheckpointError, NonFiniteError, UserError, WireError
@@ -590,7 +590,7 @@ class Supervisor:
             self._starts[role, index] = time.monotonic() + _FULL_DISK_SECONDS
             return
         policy, slot = self._policy(role, index)
-        delay = 0.0 if self._has_lost_its_node(role, index) else policy.on_death(slot, time.monotonic())
+        delay = 0.0 if self._has_lost_its_node(role, index, error) else policy.on_death(slot, time.monotonic())
         if delay is None:
             raise RunFault(
                 f"{name} died {MAX_DEATHS} times within {WINDOW_SECONDS:.0f} s or without a report, the last time of: {one_line(error)}"
@@ -619,12 +619,14 @@ class Supervisor:
         num_slots = len(self._slots) if role == "actor" else 1
         return self._policies.setdefault(group, RestartPolicy(num_slots)), slot
 
-    def _has_lost_its_node(self, role: str, index: int) -> bool:
-        """Whether an actor's node has left the cluster, or is about to: no fault of the slot."""
+    def _has_lost_its_node(self, role: str, index: int, error: RayError) -> bool:
+        """Whether an actor's node has left the cluster, cannot be reached, or is about to leave: no fault of the slot."""
         address = self._addresses.get(f"actor{index}") if role == "actor" else None
         if address is None or self._config.address is None:
             return False
-        return address["node_id"] in self._leaving or all(node.node_id != address["node_id"] for node in nodes())
+        if isinstance(error, ActorUnavailableError) or address["node_id"] in self._leaving:
+            return True
+        return all(node.node_id != address["node_id"] for node in nodes())
 
     def _start_again(self) -> None:
         """Starts those whose time has come."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 
 from common.metrics import ActorStats, PushCounts
 from deploy import supervisor
@@ -145,6 +145,8 @@ def test_actors_of_a_node_that_died_ask_for_another_place_at_once_however_often(
         fleet.place(1, fleet.nodes[1])
         fleet.place(3, fleet.nodes[1])
         fleet.answer(actor0=stats(0, 0, number), actor2=stats(2, 0, number))
+    fleet.answer(actor2=ActorUnavailableError("unreachable", None))
+    fleet.look()
     fleet.answer(actor0=RayActorError())
     fleet.look()
     assert fleet.calls(0) == ["actor0.1.address"], "a death on a node that lives is a death"
