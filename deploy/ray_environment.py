@@ -8,13 +8,17 @@ from pathlib import Path
 
 
 def prepare() -> None:
-    """Asks for token authentication with a token that is written nowhere, no usage statistics, and this checkout's modules.
+    """Asks for sockets on loopback only, token authentication with a token that is written nowhere, no usage statistics, and this
+    checkout's modules.
 
     What the user has set stays as it is. Workers inherit all of it from Ray's processes, which inherit it from this one.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # With it Ray takes 127.0.0.1 for this machine's address, and then listens on no other. It turns an address of loopback that
+    # `ray.init` is given into another one, and listens on all.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     root = str(Path(__file__).resolve().parent.parent)
