@@ -10,14 +10,17 @@ from common.errors import UserError
 
 
 def prepare() -> None:
-    """For a Ray of this process's own: asks for token authentication with a token that is written nowhere, no usage statistics, and
-    this checkout's modules.
+    """For a Ray of this process's own: asks for sockets on loopback only, token authentication with a token that is written nowhere, no
+    usage statistics, and this checkout's modules.
 
     What the user has set stays as it is. Workers inherit all of it from Ray's processes, which inherit it from this one.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # With it Ray takes 127.0.0.1 for this machine's address, and then listens on no other. It turns an address of loopback that
+    # `ray.init` is given into another one, and listens on all.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     _prepare_modules()
 
 
@@ -35,6 +38,7 @@ def prepare_to_attach(address: str) -> None:
                 f"--address {address}: {path} has no token: copy the head's there, with mode 600 (`ray get-auth-token` prints it there), or "
                 f"name its file in RAY_AUTH_TOKEN_PATH; RAY_AUTH_MODE=disabled is for a cluster that has none, which whoever reaches it commands"
             )
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")  # Seconds until a wrong token is told, not 20.
     _prepare_modules()
 
 
