@@ -1,7 +1,10 @@
 """`qfleet train` on a cluster of hosts of which some fall silent, leave and join."""
 
+import contextlib
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from ray_runs import Run, check_ledger, check_logs, end_all
@@ -155,3 +158,36 @@ def test_ten_minutes_of_leaving_silence_and_joining_keep_every_slot(cluster, joi
     join("last")
     check_epsilons(run)
     interrupt(run)
+
+
+@pytest.mark.parametrize(
+    ("token", "told"),
+    [(None, "/dev/shm/.ray/auth_token has no token"), ("wrong", "the cluster refuses the token that it was shown")],
+    ids=["none", "wrong"],
+)
+def test_a_command_without_the_clusters_token_ends_in_one_line_and_writes_nothing(cluster, tmp_path, token, told):
+    head = cluster["head"]
+    environment = {name: value for name, value in head.environment.items() if name != "RAY_AUTH_TOKEN_PATH"}
+    environment["HOME"] = "/dev/shm"
+    if token is not None:
+        (tmp_path / "token").write_text(token)
+        environment["RAY_AUTH_TOKEN_PATH"] = str(tmp_path / "token")
+    words = ["train", "gridworld", "--address", head.ray_address, "--run-dir", tmp_path / "run"]
+    done = head.run([sys.executable, "-m", "deploy", *words], seconds=90, env=environment)
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
+    assert done.stderr.startswith(f"qfleet: --address {head.ray_address}: ") and told in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_command_line_log_or_file_has_the_token(cluster, run):
+    """Kills: a token that `ps` shows, or that a run directory carries away."""
+    secret = cluster.token.read_text()
+    hosts = [cluster[name] for name in ("head", "learner", "w1", "w2")]
+    shown = []
+    for pid in (pid for host in hosts for pid in host.pids()):
+        with contextlib.suppress(OSError):  # It ended meanwhile.
+            shown.append(Path(f"/proc/{pid}/cmdline").read_text())
+    assert len(shown) > 20 and not any(secret in words for words in shown)
+    interrupt(run)
+    files = [path for path in [*run.path.rglob("*"), run.log, *(host.ray_log for host in hosts)] if path.is_file()]
+    assert run.path / "run.json" in files and not any(secret.encode() in path.read_bytes() for path in files)
