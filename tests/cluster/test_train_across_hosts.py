@@ -12,7 +12,7 @@ from ray_runs import Run, check_ledger, check_logs, end_all
 from common.schedules import ladder
 from deploy.recipes import gridworld
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 NUM_SLOTS = 6  # Four have room on w1 and w2.
 TRAIN = [
@@ -142,6 +142,7 @@ def test_a_host_that_loses_power_leaves_its_slots_to_another(cluster, join, run)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1_800)
 def test_ten_minutes_of_leaving_silence_and_joining_keep_every_slot(cluster, join, run):
     """Each round a host joins, another is silent for 40 s, and the one that joined leaves, every other time without a word."""
     end = time.monotonic() + 600
