@@ -181,6 +181,8 @@ def _why_not_attached(error: Exception, said: str) -> str:
             "the cluster refuses the token that it was shown: it must be the one that its head was started with; RAY_AUTH_TOKEN comes before "
             "RAY_AUTH_TOKEN_PATH, and that before ~/.ray/auth_token"
         )
+    if "No node info found" in str(error.__cause__):
+        return "this machine is no node of that cluster, and a driver goes through one: run the command on a node, or by `ray job submit`"
     if "Could not find any running Ray instance" in str(error):
         return "this machine is no node of a cluster: start one with `ray start`, or give the HOST:PORT of a head"
     return one_line(error)

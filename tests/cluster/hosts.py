@@ -159,7 +159,9 @@ class Host:
             *["--num-cpus", num_cpus, "--object-store-memory", object_store_memory, "--temp-dir", RAY_DIRECTORY],
             *["--labels", labels, "--disable-usage-stats", "--include-log-monitor", "false"],
         ]
-        patience = {"RAY_health_check_failure_threshold": "10"}  # As docs/cluster.md has it: else 40 s of silence may end a node.
+        patience = {
+            "RAY_health_check_failure_threshold": "10"
+        }  # As docs/cluster.md has it: else 40 s of silence may end a node.
         with self.ray_log.open("w") as log:
             self._ray = self.popen(words, stdout=log, stderr=subprocess.STDOUT, env=self.environment | patience)
 

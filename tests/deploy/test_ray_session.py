@@ -47,13 +47,16 @@ REFUSED = (
         ("token", REFUSED, "Failed to connect", "the cluster refuses the token that it was shown"),
         ("disabled", REFUSED, "Failed to connect", "the cluster asks for a token, and RAY_AUTH_MODE is not token"),
         ("token", "", "Could not find any running Ray instance. Please", "this machine is no node of a cluster"),
+        ("token", "", "Not a node", "this machine is no node of that cluster"),
         ("token", "", "Version mismatch: the cluster has Ray 2.54\nand more", "Version mismatch: the cluster has Ray 2.54"),
     ],
-    ids=["wrong_token", "no_token", "no_cluster", "anything_else"],
+    ids=["wrong_token", "no_token", "no_cluster", "no_node", "anything_else"],
 )
 def test_one_line_says_why_a_cluster_lets_nobody_in(monkeypatch, capfd, refuse, listening, mode, said, error, told):
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
-    refuse(said, ConnectionError(error))
+    failed = ConnectionError(error)
+    failed.__cause__ = RuntimeError("No node info found matching attributes: ''") if error == "Not a node" else None
+    refuse(said, failed)
     with pytest.raises(UserError, match=told) as caught:
         ray_session.attach(listening)
     assert "\n" not in str(caught.value)
