@@ -21,9 +21,10 @@ import psutil
 import ray
 
 from actors.environments import probe
+from benchmarks.idle_actor import make_idle_actor
 from common import wire
 from common.messages import ParamsSnapshot
-from common.metrics import ActorStats, PushCounts
+from common.metrics import ActorStats
 from deploy import roles, run_dir
 from deploy.progress import Progress
 from deploy.ray_handles import Worker
@@ -37,33 +38,6 @@ from deploy.supervisor import Supervisor
 NUM_PROCESSES = 8
 LOOK_SECONDS = 1.0
 SAMPLE_SECONDS = 5.0
-
-
-class IdleActor:
-    """Reports as an actor does, and plays nothing."""
-
-    def __init__(self, slot: int, incarnation: int) -> None:
-        self._slot, self._incarnation = slot, incarnation
-
-    def run(self, seconds: float) -> ActorStats:
-        time.sleep(seconds)
-        return self.close(0.0)
-
-    def close(self, timeout_seconds: float) -> ActorStats:
-        return ActorStats(
-            slot=self._slot,
-            incarnation=self._incarnation,
-            env_steps=0,
-            sent=0,
-            pushed=PushCounts(),
-            params_epoch=-1,
-            params_version=-1,
-            epsilon=1.0,
-        )
-
-
-def make_idle_actor(config: Any, spec: Any, run: str, slot: int, incarnation: int, *rest: Any) -> IdleActor:
-    return IdleActor(slot, incarnation)
 
 
 class Pullers:

@@ -156,12 +156,14 @@ class Supervisor:
         built.append(self._build_store())
         built += self._build_learners(self._run_dir.checkpoint)
         self._start_evaluator()
-        for slot in self._slots:
-            self._start_actor(slot)
+        if config.address is None:  # Everything at once. A cluster may have hundreds of actors, and what they need comes first.
+            self._start_actors()
         names = [*(f"shard{i}" for i in range(len(self._shards))), "store", *self._learner_names()]
         addresses = self._answers(built, _START_SECONDS, "learner, shards and store to start")
         for name, address in zip(names, addresses, strict=True):
             self._note_worker(name, address)
+        if config.address is not None:
+            self._start_actors()
         self._read_shards()
         if self._run_dir.checkpoint is not None:
             self._recorder.event(self._progress.restored_sentence(self._run_dir.checkpoint.name))
@@ -271,6 +273,10 @@ class Supervisor:
             except CheckpointError as error:
                 self._recorder.event(str(error).partition(";")[0])
         raise RunFault(f"{self._run_dir.path}: there is no whole checkpoint for the learner to go on from")
+
+    def _start_actors(self) -> None:
+        for slot in self._slots:
+            self._start_actor(slot)
 
     def _start_actor(self, slot: int) -> None:
         """Asks Ray for a place for the next incarnation of a slot, which may be long in coming."""
