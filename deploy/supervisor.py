@@ -162,13 +162,13 @@ class Supervisor:
         addresses = self._answers(built, _START_SECONDS, "learner, shards and store to start")
         for name, address in zip(names, addresses, strict=True):
             self._note_worker(name, address)
-        if config.address is not None:
-            self._start_actors()
         self._read_shards()
         if self._run_dir.checkpoint is not None:
             self._recorder.event(self._progress.restored_sentence(self._run_dir.checkpoint.name))
         if self._save() is None:
             raise RunFault("a run begins with a checkpoint, and none could be written")
+        if config.address is not None:
+            self._start_actors()
         self._start_learners()
 
     def _check_run_dir(self) -> None:
