@@ -77,7 +77,8 @@ def plan_cpus(config: RunConfig, num_cpus: int) -> CpuPlan:
     return CpuPlan(learner=share, shard=share, store=0.0, evaluator=share, actor=share, learner_threads=threads)
 
 
-MAX_GPU_LEARNER_CPUS = 5.0  # Its loop and four prefetch threads. A CPU learner takes half of its node.
+MAX_GPU_LEARNER_CPUS = 5.0  # Its loop and four prefetch threads.
+MAX_LEARNER_CPUS = 16.0  # Of a learner without a GPU: more threads wait for one another.
 
 
 def plan_cluster_cpus(config: RunConfig, node_cpus: float | None, *, uses_gpu: bool) -> CpuPlan:
@@ -93,7 +94,8 @@ def plan_cluster_cpus(config: RunConfig, node_cpus: float | None, *, uses_gpu: b
     if node_cpus < num_others + ranks:
         share = int(1000 * node_cpus / (num_others + ranks)) / 1000
         return CpuPlan(share, share, 0.0, share, actor, config.learner.num_threads or max(int(node_cpus) // 2 // ranks, 1))
-    most = MAX_GPU_LEARNER_CPUS if uses_gpu else max(node_cpus // 2 // ranks, 1.0)  # The rest is for actors, or for others.
+    # Without a GPU half of the node; the rest is for actors, or for others.
+    most = MAX_GPU_LEARNER_CPUS if uses_gpu else min(max(node_cpus // 2 // ranks, 1.0), MAX_LEARNER_CPUS)
     learner = min(float((node_cpus - num_others) // ranks), most)
     return CpuPlan(learner, 1.0, 0.0, 1.0, actor, config.learner.num_threads or int(learner))
 

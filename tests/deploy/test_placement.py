@@ -130,6 +130,7 @@ def test_a_gpu_that_is_asked_for_is_waited_for_on_a_cluster_only(monkeypatch, sp
         (16, True, 5.0, 1.0),
         (6, True, 3.0, 1.0),
         (16, False, 8.0, 1.0),
+        (300, False, 16.0, 1.0),
         (4, False, 1.0, 1.0),
         (2, False, 0.5, 0.5),
         (None, True, 5.0, 1.0),
