@@ -99,7 +99,7 @@ def measure_supervisor(num_actors: int, seconds: float, report_seconds: float | 
     spec = probe(config.env)
     samples: list[tuple[float, float]] = []
     heard = 0
-    with tempfile.TemporaryDirectory() as directory, local_ray(num_actors + 8, num_actors << 30, 1 << 28):
+    with tempfile.TemporaryDirectory() as directory, local_ray(num_actors + 32, num_actors << 30, 1 << 28):
         opened = run_dir.open_run(config, Path(directory) / "run")
         progress = Progress(config, opened.meta)
         recorder = Recorder(opened, progress)
