@@ -74,7 +74,8 @@ def _require_fraction(section: str, config: object, *names: str) -> None:
         _require(value is None or 0.0 <= value <= 1.0, f"{section}.{name} must be in [0, 1], got {value}")
 
 
-_LABEL = re.compile(r"([\w./-]+)=(!?in\([^()]*\)|!?[\w.-]+)(?:,|$)")
+_WORD = r"[a-zA-Z0-9](?:[\w.-]{0,61}[a-zA-Z0-9])?"  # As Ray has it, for names and for values.
+_LABEL = re.compile(rf"((?:{_WORD}/)?{_WORD})=(!?in\({_WORD}(?:,{_WORD})*\)|!?{_WORD})(?:,(?=.)|$)", re.ASCII)
 
 
 def parse_labels(name: str, text: str | None) -> dict[str, str]:

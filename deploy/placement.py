@@ -21,7 +21,7 @@ from deploy.outcome import RunFault
 from deploy.plan import plan_cluster_cpus, plan_cpus, plan_memory
 from deploy.ray_session import Node, has_labels, nodes
 
-_PLACE_SECONDS = 20.0  # For nodes that are there to take the group.
+_PLACE_SECONDS = 15.0  # For nodes that are there to take the group.
 _NODE_SECONDS = 900.0  # For a node to come that can: one with a GPU takes a cloud minutes.
 
 
@@ -34,33 +34,46 @@ class Placement:
         self._is_cluster = config.address is not None
         self._selector = parse_labels("learner.node_labels", config.learner.node_labels)
         there = nodes()
-        able = [node for node in there if not self._is_cluster or has_labels(node.labels, self._selector)]
-        self._gpus = self._gpus_of_learner(able)
         self._group: PlacementGroup | None = None
         self._actor_selector = parse_labels("actors.node_labels", config.actors.node_labels)
-        self._memory = {role.role: role.ram for role in plan_memory(config, spec, uses_gpu=self._gpus > 0)}
+        self._avoided: list[str] = []
+        self._size(config, spec, there)
+        self._again = lambda: self._size(config, spec, nodes())
         if self._is_cluster:
-            self._plan = plan_cluster_cpus(config, self._cpus_for_learner(able), uses_gpu=self._gpus > 0)
             if not config.actors.on_head:
                 head = next((node.node_id for node in there if node.is_head), None)
-                self._actor_selector |= {"ray.io/node-id": f"!{head}"} if head is not None else {}
+                self._avoided += [head] if head is not None else []
             self._about = f"attached to {len(there)} nodes: {', '.join(node.describe() for node in there[:8])}"
             self._about += f" and {len(there) - 8} more" if len(there) > 8 else ""
         else:
-            num_cpus = int(sum(node.resources.get("CPU", 0) for node in there))
-            self._plan = plan_cpus(config, num_cpus)
-            self._about = f"Ray is up on {num_cpus} CPUs"
+            self._about = f"Ray is up on {int(sum(node.resources.get('CPU', 0) for node in there))} CPUs"
+
+    def _size(self, config: RunConfig, spec: EnvSpec, there: list[Node]) -> None:
+        """Decides how much each role takes, by the nodes that are there."""
+        able = [node for node in there if not self._is_cluster or has_labels(node.labels, self._selector)]
+        self._has_able_node = bool(able)
+        self._gpus = self._gpus_of_learner(able)
+        self._memory = {role.role: role.ram for role in plan_memory(config, spec, uses_gpu=self._gpus > 0)}
+        if self._is_cluster:
+            self._plan = plan_cluster_cpus(config, self._cpus_for_learner(able), uses_gpu=self._gpus > 0)
+        else:
+            self._plan = plan_cpus(config, int(sum(node.resources.get("CPU", 0) for node in there)))
 
     @property
     def learner_threads(self) -> int:
         return self._plan.learner_threads
 
     def describe(self) -> str:
-        return f"{self._about}; {self._plan.describe()}"
+        device = (
+            f"learner on {f'{self._gpus} GPUs' if self._gpus > 1 else 'a GPU' if self._gpus else 'CPUs'}; "
+            if self._is_cluster
+            else ""
+        )
+        return f"{self._about}; {device}{self._plan.describe()}"
 
     def describe_actor(self) -> str:
         """Returns what an actor needs of a node, for a person."""
-        labels = {name: value for name, value in self._actor_selector.items() if name != "ray.io/node-id"}
+        labels = self._actor_selector
         needed = f"{self._plan.actor:g} CPUs and {ByteSize(self._memory['actor'])} of memory free"
         needed += f", labels {','.join(f'{name}={value}' for name, value in labels.items())}" if labels else ""
         return needed + ("" if self._config.actors.on_head else ", not the head")
@@ -72,8 +85,8 @@ class Placement:
         Raises:
           UserError: where no node takes them.
         """
-        for strategy in ("STRICT_PACK", "PACK"):
-            if self._reserve(strategy, _PLACE_SECONDS):
+        for strategy in ("STRICT_PACK", "PACK") if self._has_able_node else ():
+            if self._reserve(strategy, is_stopped):
                 return
         if not self._is_cluster:
             raise RunFault(
@@ -82,13 +95,15 @@ class Placement:
         tell(f"no node has room for {self._describe_group()}: waiting up to {_NODE_SECONDS / 60:.0f} minutes for one")
         deadline = time.monotonic() + _NODE_SECONDS
         while time.monotonic() < deadline:
-            if self._reserve("PACK", _PLACE_SECONDS):
+            self._again()  # What came may have a GPU.
+            if self._has_able_node and self._reserve("PACK", is_stopped):
+                tell(self.describe())
                 return
-            if is_stopped():
-                raise KeyboardInterrupt
+            if not self._has_able_node:
+                _pause(is_stopped)
         raise UserError(
             f"no node came within {_NODE_SECONDS / 60:.0f} minutes that has room for {self._describe_group()}: add one, lower "
-            f"--replay.memory or --replay.num-shards, or see with `ray status` who else uses the cluster"
+            f"--replay.memory, --replay.num-shards or --learner.num-threads, or see with `ray status` who else uses the cluster"
         )
 
     def options(self, role: str, index: int = 0) -> dict[str, Any]:
@@ -105,8 +120,13 @@ class Placement:
             return {"num_cpus": plan.store} | (self._in_bundle(num_ranks + num_shards) if self._is_cluster else {})
         options: dict[str, Any] = {"num_cpus": plan.actor}
         if self._is_cluster:
-            options |= {"memory": self._memory["actor"], "label_selector": self._actor_selector}
+            avoided = {"ray.io/node-id": f"!in({','.join(self._avoided)})"} if self._avoided else {}
+            options |= {"memory": self._memory["actor"], "label_selector": self._actor_selector | avoided}
         return options
+
+    def avoid(self, node_id: str) -> None:
+        """Has no further actor begin on a node."""
+        self._avoided.append(node_id)
 
     def _in_bundle(self, bundle: int, role: str | None = None) -> dict[str, Any]:
         assert self._group is not None
@@ -114,12 +134,15 @@ class Placement:
         memory = {"memory": self._memory[role]} if self._is_cluster and role is not None else {}
         return {"scheduling_strategy": strategy} | memory
 
-    def _reserve(self, strategy: str, seconds: float) -> bool:
+    def _reserve(self, strategy: str, is_stopped: Callable[[], Any]) -> bool:
         bundles = self._bundles()
         selectors = [self._selector] * len(bundles) if self._is_cluster and self._selector else None
         self._group = placement_group(bundles, strategy=strategy, bundle_label_selector=selectors)
-        if self._group.wait(seconds):
-            return True
+        deadline = time.monotonic() + _PLACE_SECONDS
+        while time.monotonic() < deadline:
+            if self._group.wait(1.0):
+                return True
+            _end_where(is_stopped)
         ray.util.remove_placement_group(self._group)
         return False
 
@@ -157,3 +180,14 @@ class Placement:
         """Returns the processors of the largest node that may take the learner; None where there is none yet."""
         sizes = [node.resources.get("CPU", 0.0) for node in able if not self._gpus or node.resources.get("GPU", 0) > 0]
         return max(sizes, default=0.0) or None
+
+
+def _end_where(is_stopped: Callable[[], Any]) -> None:
+    """Raises KeyboardInterrupt where somebody wants the run to end: there is nothing yet that could be saved."""
+    if is_stopped():
+        raise KeyboardInterrupt
+
+
+def _pause(is_stopped: Callable[[], Any]) -> None:
+    time.sleep(1.0)
+    _end_where(is_stopped)

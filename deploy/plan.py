@@ -96,6 +96,10 @@ def plan_cluster_cpus(config: RunConfig, node_cpus: float | None, *, uses_gpu: b
         return CpuPlan(share, share, 0.0, share, actor, config.learner.num_threads or max(int(node_cpus) // 2 // ranks, 1))
     # Without a GPU half of the node; the rest is for actors, or for others.
     most = MAX_GPU_LEARNER_CPUS if uses_gpu else min(max(node_cpus // 2 // ranks, 1.0), MAX_LEARNER_CPUS)
+    if config.learner.num_threads is not None and not uses_gpu:
+        most = min(most, float(config.learner.num_threads))
+    if config.actors.on_head:  # Perhaps on this very node: room for one.
+        node_cpus = max(node_cpus - actor, num_others + ranks)
     learner = min(float((node_cpus - num_others) // ranks), most)
     return CpuPlan(learner, 1.0, 0.0, 1.0, actor, config.learner.num_threads or int(learner))
 

@@ -33,9 +33,16 @@ def prepare_to_attach(address: str) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and not os.environ.get("RAY_AUTH_TOKEN"):
         path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-        if not path.is_file():
+        try:
+            token = path.read_text().strip()
+        except OSError as error:
+            token = ""
+            why = error.strerror
+        else:
+            why = "it is empty"
+        if not token:
             raise UserError(
-                f"--address {address}: {path} has no token: copy the head's there, with mode 600 (`ray get-auth-token` prints it there), or "
+                f"--address {address}: {path} has no token ({why}): copy the head's there, with mode 600 (`ray get-auth-token` prints it there), or "
                 f"name its file in RAY_AUTH_TOKEN_PATH; RAY_AUTH_MODE=disabled is for a cluster that has none, which whoever reaches it commands"
             )
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")  # Seconds until a wrong token is told, not 20.

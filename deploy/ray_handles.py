@@ -5,6 +5,7 @@ A handle is made in the driver, pickled to a worker and used there by one thread
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
@@ -79,6 +81,14 @@ class Worker:
             return getattr(self._role, method)(*args, **named)
         except MemoryError:
             os._exit(1)
+
+
+def end_worker(pid: int) -> None:
+    """Kills a worker of Ray's on this host, and no process that has its number by now."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if process.name().startswith("ray::"):
+            process.kill()
 
 
 class _Sent(NamedTuple):

@@ -147,7 +147,15 @@ def _address_of_this_machine() -> str | None:
 
 def _check_that_something_listens(asked: str, address: str) -> None:
     """Raises UserError where nothing does: Ray would wait for minutes."""
-    where = f"--address {asked}" if asked == address else f"--address {asked}, which is {address} here"
+    if "://" in address:
+        raise UserError(
+            f"--address {asked}: RAY_ADDRESS is {address}, the address of jobs: unset it here, or give the head's HOST:PORT"
+        )
+    where = (
+        f"--address {asked}"
+        if asked == address
+        else f"--address {asked}, which is {address} here (RAY_ADDRESS, or the last `ray start`)"
+    )
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
@@ -185,4 +193,6 @@ def _why_not_attached(error: Exception, said: str) -> str:
         return "this machine is no node of that cluster, and a driver goes through one: run the command on a node, or by `ray job submit`"
     if "Could not find any running Ray instance" in str(error):
         return "this machine is no node of a cluster: start one with `ray start`, or give the HOST:PORT of a head"
+    if str(error).startswith("Failed to connect to Ray cluster"):
+        return f"{one_line(error)}: is it a Ray of this version, and this machine one of its nodes? `ray status --address HOST:PORT` says more"
     return one_line(error)

@@ -289,15 +289,15 @@ def apex() -> RunConfig:
 
 
 def small_cluster() -> RunConfig:
-    """Atari on one GPU and 16 cores, on one node or several: Ape-X's network, priorities and ladder, ten actors of eight games each and eight
-    samples a step. Our settings; nobody has measured them on such a machine yet.
+    """Atari on one GPU and 16 cores, on one node or several: Ape-X's network, priorities and ladder, eight actors of eight games each and
+    eight samples a step. Our settings; nobody has measured them on such a machine yet.
     """
     base = apex()
     return replace(
         base,
         recipe="small-cluster",
         env=replace(base.env, max_episode_frames=108_000),
-        actors=replace(base.actors, num_actors=10, num_envs=8, chunk_transitions=32, pull_period_steps=20),
+        actors=replace(base.actors, num_actors=8, num_envs=8, chunk_transitions=32, pull_period_steps=20),
         replay=replace(
             base.replay, num_shards=2, capacity=1_000_000, memory=ByteSize(4 * GIB), min_size=20_000, samples_per_insert=8.0
         ),

@@ -104,9 +104,14 @@ def open_run(config: RunConfig, path: Path, checkpoint: str | None = None) -> Ru
         raise UserError(f"--run-dir {path}: no permission to write there ({error.strerror})") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         lock.close()
         raise UserError(f"{path}: another qfleet is running there; stop it first, or choose another --run-dir") from error
+    except OSError as error:
+        lock.close()
+        raise UserError(
+            f"--run-dir {path}: its file system has no locks ({error.strerror}): mount it with them (Lustre: -o flock)"
+        ) from error
     try:
         return _open_locked(config, path, lock, checkpoint)
     except BaseException:

@@ -10,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.config import EnvSpec, RunConfig
 from common.errors import CheckpointError, NonFiniteError, UserError, WireError
@@ -31,7 +30,7 @@ from deploy.placement import Placement
 from deploy.plan import spread_slots
 from deploy.progress import Progress
 from deploy.ray_errors import one_line
-from deploy.ray_handles import NotBuiltError, RayReplayReader, RayReplayWriter, Worker, WorkerAddress
+from deploy.ray_handles import NotBuiltError, RayReplayReader, RayReplayWriter, Worker, WorkerAddress, end_worker
 from deploy.ray_params import RayParamsReader, RayParamsWriter
 from deploy.ray_session import Node, leaving_nodes, make_temp_dir, nodes, start_ray
 from deploy.recorder import Recorder
@@ -42,10 +41,10 @@ from deploy.stop_signal import StopSignal
 from learner import checkpoint as checkpoints
 
 _CALL_SECONDS = 1.0  # How long a worker runs before it reports,
-_MAX_CALL_SECONDS = 5.0  # and at most, where the fleet is so large
-_REPORTS_PER_SECOND = 60.0  # that all actors together would report more often.
+_MAX_CALL_SECONDS = 10.0  # and at most, where the fleet is so large
+_REPORTS_PER_SECOND = 30.0  # that all actors together would report more often.
 _MANY_CALLS = 32  # From so many on, answers are taken together,
-_TOGETHER_SECONDS = 0.05  # those of so long, but for the learner's.
+_TOGETHER_SECONDS = 0.1  # those of so long, but for the learner's.
 _START_SECONDS = 180.0  # A worker that is not ready by then will not be.
 _ANSWER_SECONDS = 30.0  # A call that only reads or writes state.
 _QUIET_SECONDS = 10.0  # A worker that was to report after a second and did not for so long is named.
@@ -54,7 +53,8 @@ _LOOK_SECONDS = 1.0  # Between two questions to shards and store, which answer a
 _SILENT_SECONDS = 30.0  # A shard or store that did not answer for so long is given up.
 _SIDE_CALLS = ("saving", "saving networks", "limiter")  # Of workers that have another call under way, which tells how they are.
 _FULL_DISK_SECONDS = 5.0  # Until a shard is made again whose log could not be written.
-_REST_SECONDS = 15.0  # For an actor to end its call of a second, at the end of a run.
+_REST_SECONDS = 20.0  # For an actor to end its call, at the end of a run.
+_MAX_FRUITLESS = 3  # Actors in a row that die on a node before they did anything, until it gets no more.
 _NODES_LOOK_SECONDS = 5.0  # Between two questions which nodes there are, and which are about to leave.
 
 
@@ -105,7 +105,12 @@ class Supervisor:
         self._leaving: set[str] = set()  # Nodes that are about to leave.
         self._next_nodes_look = 0.0
         self._placing: set[int] = set()  # Slots that had no place at the last look.
+        self._some_waited = False
         self._closing: set[int] = set()  # Slots that leave their node in good order.
+        self._node_of: dict[int, str] = {}  # By slot, from the moment that it has a place.
+        self._fruitless: dict[
+            str, int
+        ] = {}  # By node: actors that died there one after another before any of them did anything.
         self._placement: Placement | None = None
         self._store: Any = None
         self._evaluator: Any = None
@@ -347,6 +352,8 @@ class Supervisor:
                     self._adjust()
                     self._tell_faults()
                     self._recorder.row()
+            if not self._learns and config.address is not None:  # Its node may never come back.
+                return self._end_without_learner(stopped_by)
             self._drain_role("learner", _ANSWER_SECONDS if self._learns else _START_SECONDS)
             if self._stop.is_urgent:  # The grace period may end before all actors have come to rest.
                 self._save()
@@ -364,6 +371,18 @@ class Supervisor:
             return Outcome(stopped_by, fault, digest, None)
         self._recorder.row()
         return Outcome(stopped_by, fault, digest, progress.ledger.balance(progress.shards))
+
+    def _end_without_learner(self, stopped_by: str) -> Outcome:
+        """Ends a run whose learner is away: its last checkpoint is what there is."""
+        self._calls = {call: expected for call, expected in self._calls.items() if expected.role != "learner"}
+        self._recorder.event("the learner is away: the last checkpoint stays the newest")
+        self._drain_actors()
+        try:
+            self._read_shards()
+        except (RunFault, RayError):
+            return Outcome(stopped_by, None, None, None)
+        self._recorder.row()
+        return Outcome(stopped_by, None, None, self._progress.ledger.balance(self._progress.shards))
 
     def _keep_traceback(self, error: BaseException) -> str:
         """Writes what a worker raised last to a file of the run directory; returns the words that say so, none where it raised nothing."""
@@ -404,14 +423,16 @@ class Supervisor:
             return
         placing = {call.worker_index for call in self._calls.values() if call.role == "placing"}
         waiting, self._placing = placing & self._placing, placing
-        was = self._progress.away.pop(("fleet", 0), None)
+        self._progress.away.pop(("fleet", 0), None)
         if waiting:
             text = f"{len(waiting)} of {len(self._slots)} actors wait for a node with {self._placement.describe_actor()}"
             self._progress.away["fleet", 0] = text
-        if waiting and was is None:
+        if waiting and not self._some_waited:
+            self._some_waited = True
             self._recorder.event(text)
-        elif was is not None and not waiting:
-            self._recorder.event("every actor has a place again")
+        elif self._some_waited and len(self._progress.actors) == len(self._slots):
+            self._some_waited = False
+            self._recorder.event("every actor acts")
 
     def _adjust(self) -> None:
         """Takes up a change of the limiters that `qfleet adjust` has left."""
@@ -470,6 +491,7 @@ class Supervisor:
             self._on_actor(index, result)
         elif role == "placing":
             self._note_worker(f"actor{index}", result)
+            self._node_of[index] = result.node_id
             self._build_actor(index)
         elif role == "learner":
             self._on_learner(index, result)
@@ -490,13 +512,15 @@ class Supervisor:
         """Takes in what an actor reported; it goes on, or, where its node is about to leave, ends in good order and begins elsewhere."""
         if not isinstance(result, WorkerAddress):  # The answer of `build`.
             self._progress.on_actor(result)
+            self._fruitless.pop(self._node_of[slot], None)
         actor = self._actors[slot]
         if slot in self._closing:
             self._closing.discard(slot)
             ray.kill(self._actors.pop(slot))
+            self._node_of.pop(slot, None)
             self._progress.on_actor_left(slot)
             self._starts["actor", slot] = time.monotonic()
-        elif self._addresses[f"actor{slot}"]["node_id"] in self._leaving:
+        elif self._node_of[slot] in self._leaving:
             self._closing.add(slot)
             self._expect(actor.call.remote("close", _ANSWER_SECONDS / 2), "actor", slot)
         else:
@@ -596,6 +620,7 @@ class Supervisor:
             self._starts[role, index] = time.monotonic() + _FULL_DISK_SECONDS
             return
         policy, slot = self._policy(role, index)
+        had_process = role != "actor" or index in self._node_of
         delay = 0.0 if self._has_lost_its_node(role, index, error) else policy.on_death(slot, time.monotonic())
         if delay is None:
             raise RunFault(
@@ -609,7 +634,8 @@ class Supervisor:
             when = f"in {delay:.0f} s a new one takes its place" if delay else "a new one takes its place"
             self._recorder.event(f"{name} died ({one_line(error)}); {when}")
             ray.kill(self._actors.pop(index) if role == "actor" else self._evaluator)
-            _end_process(self._addresses.get(f"actor{index}" if role == "actor" else "evaluator"))
+            if had_process:
+                _end_process(self._addresses.get(f"actor{index}" if role == "actor" else "evaluator"))
             if role == "actor":
                 self._closing.discard(index)
                 self._progress.on_actor_died(index)
@@ -626,13 +652,31 @@ class Supervisor:
         return self._policies.setdefault(group, RestartPolicy(num_slots)), slot
 
     def _has_lost_its_node(self, role: str, index: int, error: RayError) -> bool:
-        """Whether an actor's node has left the cluster, cannot be reached, or is about to leave: no fault of the slot."""
-        address = self._addresses.get(f"actor{index}") if role == "actor" else None
-        if address is None or self._config.address is None:
+        """Whether an actor's node has left the cluster, cannot be reached, is about to leave, or lets no actor live: no fault of the slot."""
+        node_id = self._node_of.pop(index, None) if role == "actor" else None
+        if node_id is None or self._config.address is None:
             return False
-        if isinstance(error, ActorUnavailableError) or address["node_id"] in self._leaving:
+        if isinstance(error, ActorUnavailableError) or node_id in self._leaving:
             return True
-        return all(node.node_id != address["node_id"] for node in nodes())
+        if all(node.node_id != node_id for node in nodes()):
+            return True
+        return self._is_bad(node_id, index, error)
+
+    def _is_bad(self, node_id: str, slot: int, error: RayError) -> bool:
+        """Counts an actor that died before it did anything against its node, which is avoided after three, while others act elsewhere."""
+        assert self._placement is not None
+        if slot in self._progress.actors:
+            return False
+        self._fruitless[node_id] = self._fruitless.get(node_id, 0) + 1
+        if self._fruitless[node_id] < _MAX_FRUITLESS or not self._progress.actors:
+            return False
+        if self._fruitless[node_id] == _MAX_FRUITLESS:
+            self._placement.avoid(node_id)
+            host = self._nodes[node_id].host if node_id in self._nodes else node_id[:8]
+            self._recorder.event(
+                f"{host} gets no more actors: {_MAX_FRUITLESS} died there before they did anything ({one_line(error)})"
+            )
+        return True
 
     def _start_again(self) -> None:
         """Starts those whose time has come."""
@@ -847,10 +891,12 @@ class Supervisor:
 
 
 def _end_process(address: dict[str, Any] | None) -> None:
-    """Ends a worker's process where it runs on this host: one that was stopped does not hear `ray.kill`, and keeps its place."""
-    if address is None or address["host"] != socket.gethostname():
+    """Ends a worker's process, here or on its node: one that was stopped does not hear `ray.kill`, and keeps its place."""
+    if address is None:
         return
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(address["pid"])
-        if process.name().startswith("ray::"):
-            process.kill()
+    if address["node_id"] in ("", ray.get_runtime_context().get_node_id()):
+        end_worker(address["pid"])
+        return
+    where = NodeAffinitySchedulingStrategy(address["node_id"], soft=False)
+    with contextlib.suppress(RayError, ValueError):
+        ray.remote(end_worker).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(address["pid"])

@@ -69,7 +69,7 @@ def test_learner_shards_and_evaluator_lie_together_where_the_labels_say_and_acto
     assert [placed.options("shard", i)["scheduling_strategy"] for i in range(2)] == [1, 2]
     assert placed.options("evaluator")["scheduling_strategy"] == placed.options("store")["scheduling_strategy"] == 3
     actor = placed.options("actor", 7)
-    assert actor["label_selector"] == {"role": "env", "ray.io/node-id": "!id-head"}
+    assert actor["label_selector"] == {"role": "env", "ray.io/node-id": "!in(id-head)"}
     assert actor["num_cpus"] == 1.0 and 300 << 20 < actor["memory"] < GIB and "scheduling_strategy" not in actor
     assert placed.describe().startswith("attached to 3 nodes: head (16 CPUs, 1 GPUs, role=learner), w1 (32 CPUs, role=env)")
 
@@ -99,7 +99,7 @@ def test_what_no_node_holds_lies_on_several_and_else_waits_for_one(monkeypatch, 
         cluster.allows = ("PACK",) if len(cluster.asked) == 4 else ()
 
     Placement(small_cluster(), spec).reserve(told.append, stop)
-    assert len(cluster.asked) == 5 and len(told) == 1
+    assert len(told) == 2 and told[1].startswith("attached to"), "what it asks for may have changed meanwhile"
     assert "no node has room for learner, shards and evaluator (8 CPUs, 1 GPUs" in told[0] and "labels role=learner" in told[0]
 
 
@@ -164,7 +164,21 @@ def test_labels_select_nodes_as_rays_selectors_do(text, fits):
     assert has_labels({"role": "env", "ray.io/market-type": "spot"}, parse_labels("x", text)) == fits
 
 
-@pytest.mark.parametrize("text", ["role", "role=", "=env", "role=env;zone=a", "role=in(a", "role=env zone=a", "role=a,,zone=b"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "role",
+        "role=",
+        "=env",
+        "role=env;zone=a",
+        "role=in(a",
+        "role=env zone=a",
+        "role=a,,zone=b",
+        "role=in()",
+        "./=-x",
+        "role=a,",
+    ],
+)
 def test_labels_that_are_none_are_refused(text):
     with pytest.raises(ValueError, match="write role=env"):
         parse_labels("actors.node_labels", text)
