@@ -38,6 +38,7 @@ if [[ $mode != 600 && $mode != 400 ]]; then
     exit 2
 fi
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token_file RAY_USAGE_STATS_ENABLED=0
+export RAY_health_check_failure_threshold=10 # A node that is silent is given up after two minutes, not one.
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300 # Seconds for all nodes to join; Ray's own 30 are few on a busy file system.
 export PATH=$checkout/.venv/bin:$PATH
 cd "$checkout"

@@ -37,9 +37,21 @@ class Cluster:
             lambda group, placement_group_bundle_index: placement_group_bundle_index,
         )
 
+        self.now = 0.0
+        monkeypatch.setattr(placement.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(placement.time, "sleep", self._wait)
+
+    def _wait(self, seconds):
+        self.now += seconds
+
     def _group(self, bundles, strategy, bundle_label_selector):
         self.asked.append((strategy, bundles, bundle_label_selector))
-        return SimpleNamespace(wait=lambda seconds: strategy in self.allows)
+
+        def wait(seconds):
+            self._wait(seconds)
+            return strategy in self.allows
+
+        return SimpleNamespace(wait=wait)
 
 
 def small_cluster(**actors):
@@ -104,11 +116,31 @@ def test_what_no_node_holds_lies_on_several_and_else_waits_for_one(monkeypatch, 
 
 
 def test_no_node_within_the_time_is_the_users_to_mend(monkeypatch, spec):
-    Cluster(monkeypatch, HEAD, allows=())
-    clock = iter(range(0, 10_000, 400))
-    monkeypatch.setattr(placement.time, "monotonic", lambda: next(clock))
+    cluster = Cluster(monkeypatch, HEAD, allows=())
     with pytest.raises(UserError, match="no node came within 15 minutes that has room for learner"):
         Placement(small_cluster(), spec).reserve(lambda text: None, lambda: False)
+    assert 900 < cluster.now < 960
+
+
+@pytest.mark.parametrize("able", [[HEAD], []], ids=["no_room", "no_node"])
+def test_a_wait_for_nodes_ends_with_ctrl_c_at_once(monkeypatch, spec, able):
+    cluster = Cluster(monkeypatch, *able, allows=())
+    with pytest.raises(KeyboardInterrupt):
+        Placement(small_cluster(), spec).reserve(lambda text: None, lambda: cluster.now > 3.5)
+    assert cluster.now <= 5.0
+
+
+def test_a_gpu_of_a_node_that_is_still_to_come_is_used(monkeypatch, spec):
+    """With learner.device auto, as recipes have it. Kills: a plan that is made once, of a cluster without its learner's node."""
+    cluster = Cluster(monkeypatch, node("head", 4, is_head=True))
+    there = placement.nodes()
+    monkeypatch.setattr(placement, "nodes", lambda: there if cluster.now < 10.0 else [*there, HEAD])
+    placed, told = Placement(small_cluster(), spec), []
+    assert "learner on CPUs" in placed.describe()
+    placed.reserve(told.append, lambda: False)
+    ((_, bundles, _),) = cluster.asked
+    assert bundles[0]["GPU"] == 1.0 and bundles[0]["CPU"] == 5.0 and "learner on a GPU" in told[-1]
+    assert placed.options("learner")["num_gpus"] == 1.0
 
 
 def test_a_gpu_that_is_asked_for_is_waited_for_on_a_cluster_only(monkeypatch, spec):

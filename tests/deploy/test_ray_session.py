@@ -92,7 +92,13 @@ def test_auto_is_the_cluster_that_ray_last_joined_here(monkeypatch, refuse, list
     ray_session.attach("auto")
     assert asked["address"] == listening
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(UserError, match=r"--address auto, which is 127.0.0.1:1 here: nothing answers there"):
+    with pytest.raises(
+        UserError,
+        match=r"--address auto, which is 127.0.0.1:1 here .RAY_ADDRESS, or the last `ray start`.: nothing answers there",
+    ):
+        ray_session.attach("auto")
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(UserError, match="the address of jobs: unset it here"):
         ray_session.attach("auto")
 
 
@@ -114,7 +120,9 @@ def no_token(monkeypatch, tmp_path):
 
 
 def test_a_cluster_is_joined_with_a_token_or_by_somebodys_word(monkeypatch, no_token):
-    with pytest.raises(UserError, match=r"\.ray/auth_token has no token: copy the head's there, with mode 600"):
+    with pytest.raises(
+        UserError, match=r"\.ray/auth_token has no token .No such file or directory.: copy the head's there, with mode 600"
+    ):
         prepare_to_attach("10.0.0.1:6379")
     (no_token / ".ray").mkdir()
     (no_token / ".ray" / "auth_token").write_text("secret")
@@ -122,6 +130,9 @@ def test_a_cluster_is_joined_with_a_token_or_by_somebodys_word(monkeypatch, no_t
     assert os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN" not in os.environ, "Ray reads the file"
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(no_token / "gone"))
     with pytest.raises(UserError, match="gone has no token"):
+        prepare_to_attach("10.0.0.1:6379")
+    (no_token / "gone").touch()
+    with pytest.raises(UserError, match=r"gone has no token .it is empty.:"):
         prepare_to_attach("10.0.0.1:6379")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     prepare_to_attach("10.0.0.1:6379")

@@ -101,6 +101,7 @@ def fleet(tmp_path, monkeypatch):
     fleet.events, fleet.nodes, fleet.leaving = events, [node("a"), node("b")], set()
     monkeypatch.setattr(supervisor, "nodes", lambda: fleet.nodes)
     monkeypatch.setattr(supervisor, "leaving_nodes", lambda: fleet.leaving)
+    monkeypatch.setattr(supervisor, "_end_process", lambda address: None)
     tested._nodes = {n.node_id: n for n in fleet.nodes}
     for slot in tested._slots:
         tested._start_actor(slot)
