@@ -30,15 +30,14 @@ class Placement:
 
     def __init__(self, config: RunConfig, spec: EnvSpec) -> None:
         """Raises UserError where the nodes have too few GPUs, or a local run too few processors."""
-        self._config = config
+        self._config, self._spec = config, spec
         self._is_cluster = config.address is not None
         self._selector = parse_labels("learner.node_labels", config.learner.node_labels)
         there = nodes()
         self._group: PlacementGroup | None = None
         self._actor_selector = parse_labels("actors.node_labels", config.actors.node_labels)
         self._avoided: list[str] = []
-        self._size(config, spec, there)
-        self._again = lambda: self._size(config, spec, nodes())
+        self._size(there)
         if self._is_cluster:
             if not config.actors.on_head:
                 head = next((node.node_id for node in there if node.is_head), None)
@@ -48,12 +47,13 @@ class Placement:
         else:
             self._about = f"Ray is up on {int(sum(node.resources.get('CPU', 0) for node in there))} CPUs"
 
-    def _size(self, config: RunConfig, spec: EnvSpec, there: list[Node]) -> None:
+    def _size(self, there: list[Node]) -> None:
         """Decides how much each role takes, by the nodes that are there."""
+        config = self._config
         able = [node for node in there if not self._is_cluster or has_labels(node.labels, self._selector)]
         self._has_able_node = bool(able)
         self._gpus = self._gpus_of_learner(able)
-        self._memory = {role.role: role.ram for role in plan_memory(config, spec, uses_gpu=self._gpus > 0)}
+        self._memory = {role.role: role.ram for role in plan_memory(config, self._spec, uses_gpu=self._gpus > 0)}
         if self._is_cluster:
             self._plan = plan_cluster_cpus(config, self._cpus_for_learner(able), uses_gpu=self._gpus > 0)
         else:
@@ -95,7 +95,7 @@ class Placement:
         tell(f"no node has room for {self._describe_group()}: waiting up to {_NODE_SECONDS / 60:.0f} minutes for one")
         deadline = time.monotonic() + _NODE_SECONDS
         while time.monotonic() < deadline:
-            self._again()  # What came may have a GPU.
+            self._size(nodes())  # What came may have a GPU.
             if self._has_able_node and self._reserve("PACK", is_stopped):
                 tell(self.describe())
                 return

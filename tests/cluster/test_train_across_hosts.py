@@ -116,6 +116,7 @@ def leave(run, host):
     goes_on(run)
 
 
+@pytest.mark.slow
 def test_hosts_fall_silent_join_and_leave_and_the_run_goes_on(cluster, join, run):
     assert len(on(run, cluster["w1"])) == len(on(run, cluster["w2"])) == 2
     assert {run.workers()[name]["host"] for name in ("learner", "shard0", "store", "evaluator")} == {
