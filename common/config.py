@@ -74,6 +74,25 @@ def _require_fraction(section: str, config: object, *names: str) -> None:
         _require(value is None or 0.0 <= value <= 1.0, f"{section}.{name} must be in [0, 1], got {value}")
 
 
+_WORD = r"[a-zA-Z0-9](?:[\w.-]{0,61}[a-zA-Z0-9])?"  # As Ray has it, for names and for values.
+_LABEL = re.compile(rf"((?:{_WORD}/)?{_WORD})=(!?in\({_WORD}(?:,{_WORD})*\)|!?{_WORD})(?:,(?=.)|$)", re.ASCII)
+
+
+def parse_labels(name: str, text: str | None) -> dict[str, str]:
+    """Returns the label selector that Ray takes; raises ValueError, in the name of a setting, where it is none."""
+    selector, rest = {}, text or ""
+    while rest:
+        match = _LABEL.match(rest)
+        _require(
+            match is not None,
+            f"{name} {text!r}: write role=env, several with commas between them; a value may be !v or in(a,b)",
+        )
+        assert match is not None
+        selector[match.group(1)] = match.group(2)
+        rest = rest[match.end() :]
+    return selector
+
+
 ProtocolName = Literal["legacy", "machado"]
 
 ATARI_PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -283,7 +302,17 @@ class ActorsConfig:
     """The fleet of actors, and what they make of rewards."""
 
     num_actors: int = 1
-    """Actor processes."""
+    """Slots of the fleet, each with its own epsilon and seeds, and a process where there is room for it."""
+
+    max_workers: int | None = None
+    """Of these slots, those that act at once at most, and so what is asked of a cluster and its autoscaler. None: all."""
+
+    node_labels: str | None = None
+    """Cluster: labels of the nodes that take actors, role=env,ray.io/market-type=spot; a value may be !v, in(a,b) or !in(a,b), as Ray has
+    them. None: any node but the head."""
+
+    on_head: bool = False
+    """Cluster: actors may run on its head node too, beside driver and dashboard."""
 
     num_envs: int = 8
     """Environments that each actor steps together, with one batched forward pass."""
@@ -323,11 +352,17 @@ class ActorsConfig:
     """Atari: emulator threads of each actor."""
 
     def __post_init__(self) -> None:
-        _require_positive("actors", self, "num_actors", "num_envs", "n_step", "chunk_transitions", "chunk_bytes")
+        _require_positive("actors", self, "num_actors", "max_workers", "num_envs", "n_step", "chunk_transitions", "chunk_bytes")
+        parse_labels("actors.node_labels", self.node_labels)
         _require(self.chunk_bytes <= 100_000, f"actors.chunk_bytes must be at most 100000, got {self.chunk_bytes}")
         _require_positive("actors", self, "max_in_flight_chunks", "pull_period_steps", "env_threads", "reward_clip")
         _require_positive("actors", self, "params_alarm_seconds")
         _require_fraction("actors", self, "discount")
+
+    @property
+    def num_workers(self) -> int:
+        """How many slots act at once where there is room for all that may."""
+        return min(self.num_actors, self.max_workers or self.num_actors)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -476,6 +511,9 @@ class LearnerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""
 
+    node_labels: str | None = None
+    """Cluster: labels of the nodes that take learner, shards, params store and evaluator, as actors.node_labels. None: any node."""
+
     num_devices: int = 1
     """Learner workers, one for each GPU (or, on CPUs, process), that share every batch and average their gradients."""
 
@@ -496,6 +534,7 @@ class LearnerConfig:
 
     def __post_init__(self) -> None:
         _require_positive("learner", self, "batch_size", "learning_rate", "optimizer_epsilon", "max_grad_norm")
+        parse_labels("learner.node_labels", self.node_labels)
         _require_positive("learner", self, "target_period_updates", "prefetch_batches", "publish_period_updates")
         _require_positive("learner", self, "checkpoint_period_seconds", "checkpoints_kept", "num_threads", "priority_floor")
         _require_positive("learner", self, "entropy_temperature", "num_quantile_samples", "num_target_quantile_samples")
@@ -586,11 +625,24 @@ class RunConfig:
     """Seconds between two lines of metrics."""
 
     object_store_memory: ByteSize = ByteSize(256 * 2**20)
-    """Shared memory of Ray's object store on this machine: batches and parameters on their way."""
+    """Shared memory of Ray's object store on this machine: batches and parameters on their way. A cluster's nodes have their own."""
+
+    address: str | None = None
+    """Ray cluster to run on: HOST:PORT of its head, or auto for the one that this machine is a node of. None: a Ray of its own, here."""
 
     def __post_init__(self) -> None:
         _require_positive("run", self, "max_minutes", "max_updates", "max_env_steps", "log_period_seconds")
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(
+            self.address is None
+            or self.address == "auto"
+            or re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}", self.address) is not None,
+            f"address {self.address!r}: write HOST:PORT, as 10.0.0.1:6379, or auto; what begins with ray:// or http:// is another door of Ray's: "
+            f"run this command on a node of the cluster, or through ray job submit",
+        )
+        _require(
+            not (self.serial and self.address is not None), "a serial run is one process: leave out --address, or --serial"
+        )
         if self.protocol is not None:
             named = self.env.with_protocol(self.protocol)
             for name in ATARI_PROTOCOLS[self.protocol]:

@@ -472,7 +472,8 @@ def local_ray(config: RunConfig) -> Iterator[Any]:
     ray_environment.prepare()
     import ray
 
-    from deploy.supervisor import RunFault, make_temp_dir, start_ray
+    from deploy.outcome import RunFault
+    from deploy.ray_session import make_temp_dir, start_ray
 
     temp_dir = make_temp_dir()
     try:

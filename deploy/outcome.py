@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 
+class RunFault(RuntimeError):
+    """Something that the run cannot go on from. Its text is one line."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What the driver needs for summary.json and for the exit status."""

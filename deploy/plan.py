@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -60,13 +59,13 @@ def plan_cpus(config: RunConfig, num_cpus: int) -> CpuPlan:
       UserError: where there would be more than MAX_WORKERS_PER_CPU workers on a processor.
     """
     num_others = config.replay.num_shards + config.learner.num_devices + 1  # The evaluator; the store is idle.
-    num_workers = num_others + config.actors.num_actors
+    num_workers = num_others + config.actors.num_workers
     most = MAX_WORKERS_PER_CPU * num_cpus
     if num_workers > most:
         room = most - num_others
         advice = f"set --actors.num-actors to at most {room}" if room > 0 else "lower --replay.num-shards"
         raise UserError(
-            f"no CPUs left for {config.actors.num_actors} actors: {num_workers} workers on {num_cpus} CPUs, and at most "
+            f"no CPUs left for {config.actors.num_workers} actors: {num_workers} workers on {num_cpus} CPUs, and at most "
             f"{MAX_WORKERS_PER_CPU} share one; {advice}, or use more CPUs"
         )
     share = 1.0 if num_workers <= num_cpus else int(1000 * num_cpus / num_workers) / 1000
@@ -76,6 +75,41 @@ def plan_cpus(config: RunConfig, num_cpus: int) -> CpuPlan:
     spare = num_cpus - num_workers + ranks if num_workers <= num_cpus else num_cpus // 2
     threads = config.learner.num_threads or max(spare // ranks, 1)
     return CpuPlan(learner=share, shard=share, store=0.0, evaluator=share, actor=share, learner_threads=threads)
+
+
+MAX_GPU_LEARNER_CPUS = 5.0  # Its loop and four prefetch threads.
+MAX_LEARNER_CPUS = 16.0  # Of a learner without a GPU: more threads wait for one another.
+
+
+def plan_cluster_cpus(config: RunConfig, node_cpus: float | None, *, uses_gpu: bool) -> CpuPlan:
+    """Shares out the processors of the node that takes learner, shards and evaluator; each actor has whole ones, wherever it is.
+
+    Args:
+      node_cpus: of the largest node that may take them; None: of a node that is still to come, one that holds what is asked for.
+    """
+    ranks, num_others = config.learner.num_devices, config.replay.num_shards + 1
+    actor = float(config.actors.env_threads)
+    if node_cpus is None:
+        node_cpus = num_others + ranks * (MAX_GPU_LEARNER_CPUS if uses_gpu else 1.0)
+    if node_cpus < num_others + ranks:
+        share = int(1000 * node_cpus / (num_others + ranks)) / 1000
+        return CpuPlan(share, share, 0.0, share, actor, config.learner.num_threads or max(int(node_cpus) // 2 // ranks, 1))
+    # Without a GPU half of the node; the rest is for actors, or for others.
+    most = MAX_GPU_LEARNER_CPUS if uses_gpu else min(max(node_cpus // 2 // ranks, 1.0), MAX_LEARNER_CPUS)
+    if config.learner.num_threads is not None and not uses_gpu:
+        most = min(most, float(config.learner.num_threads))
+    if config.actors.on_head:  # Perhaps on this very node: room for one.
+        node_cpus = max(node_cpus - actor, num_others + ranks)
+    learner = min(float((node_cpus - num_others) // ranks), most)
+    return CpuPlan(learner, 1.0, 0.0, 1.0, actor, config.learner.num_threads or int(learner))
+
+
+def spread_slots(num_slots: int) -> list[int]:
+    """Returns all slots in an order whose every beginning is spread over them: where some have no place, the others still
+    span the ladder of epsilons. Source: van der Corput's sequence, the bits of 0, 1, 2, ... reversed.
+    """
+    num_bits = max(num_slots - 1, 1).bit_length()
+    return sorted(range(num_slots), key=lambda slot: int(f"{slot:0{num_bits}b}"[::-1], 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +152,7 @@ def plan_memory(config: RunConfig, spec: EnvSpec, *, uses_gpu: bool) -> list[Rol
         RoleMemory("evaluator", 1, _TORCH_WORKER_BYTES + num_evaluated * _ENV_BYTES + 2 * params),
         RoleMemory(
             "actor",
-            config.actors.num_actors,
+            config.actors.num_workers,
             _TORCH_WORKER_BYTES + config.actors.num_envs * _ENV_BYTES + 2 * params,
             note=f"{config.actors.num_envs} environments",
         ),
@@ -127,7 +161,7 @@ def plan_memory(config: RunConfig, spec: EnvSpec, *, uses_gpu: bool) -> list[Rol
 
 def check_memory(config: RunConfig, spec: EnvSpec, *, uses_gpu: bool = False) -> None:
     """Raises UserError where the replay cannot hold its index, or the run does not fit in this machine's memory."""
-    _check_index(config, spec, shard_shares(config))
+    check_index(config, spec)
     available = available_memory()
     roles = plan_memory(config, spec, uses_gpu=uses_gpu)
     total = sum(role.workers * role.ram for role in roles) + _shared_memory(config)
@@ -144,7 +178,9 @@ def check_memory(config: RunConfig, spec: EnvSpec, *, uses_gpu: bool = False) ->
         )
 
 
-def _check_index(config: RunConfig, spec: EnvSpec, shares: dict[str, Any]) -> None:
+def check_index(config: RunConfig, spec: EnvSpec) -> None:
+    """Raises UserError where the budget of the replay does not hold its index."""
+    shares = shard_shares(config)
     least = min_memory(shares["capacity"], spec.frame_stack, prioritized=config.replay.priority_exponent > 0)
     if shares["memory"] < least:
         needed = ByteSize(-(-least * config.replay.num_shards // 2**20) * 2**20)
@@ -171,10 +207,10 @@ def print_plan(config: RunConfig) -> int:
     from actors.environments import probe
 
     spec = probe(config.env)
-    check_learner(config.learner)
-    shares = shard_shares(config)
-    _check_index(config, spec, shares)
-    gpu = gpu_memory() if config.learner.device != "cpu" else None
+    if config.address is None:
+        check_learner(config.learner)
+    check_index(config, spec)
+    gpu = gpu_memory() if config.learner.device != "cpu" and config.address is None else None
     roles = plan_memory(config, spec, uses_gpu=gpu is not None)
     table = Table("role", "workers", "RAM each", "RAM", "GPU memory", "", box=None, pad_edge=False)
     for role in roles:
@@ -184,8 +220,13 @@ def print_plan(config: RunConfig) -> int:
         )
     total, shared = sum(role.workers * role.ram for role in roles), _shared_memory(config)
     console = Console(width=130, highlight=False)
-    console.print(f"qfleet {'run in one process' if config.serial else 'run'} of {config.recipe}, all on this node:")
+    where = "all on this node" if config.address is None else "on a cluster"
+    console.print(f"qfleet {'run in one process' if config.serial else 'run'} of {config.recipe}, {where}:")
     console.print(table)
+    if config.address is not None:
+        console.print(_cluster_sentence(config, roles))
+        console.print(_replay_sentence(config, spec))
+        return 0
     console.print(
         f"RAM {ByteSize(total)} and shared memory {ByteSize(shared)} (Ray's object store) of {ByteSize(available_memory())} available; "
         + (
@@ -205,6 +246,19 @@ def print_plan(config: RunConfig) -> int:
             f"--learner.prefetch-batches"
         )
     return 0
+
+
+def _cluster_sentence(config: RunConfig, roles: list[RoleMemory]) -> str:
+    """Says what nodes a run needs; which there are is known when it is attached."""
+    cpus = plan_cluster_cpus(config, None, uses_gpu=config.learner.device != "cpu")
+    together = [role for role in roles if role.role in ("learner", "shard", "params store", "evaluator")]
+    num_cpus = config.learner.num_devices * cpus.learner + config.replay.num_shards * cpus.shard + cpus.evaluator
+    memory = ByteSize(sum(role.workers * role.ram for role in together))
+    (actor,) = [role for role in roles if role.role == "actor"]
+    return (
+        f"learner, shards, params store and evaluator, best on one node: {num_cpus:g} CPUs, {memory} of RAM, and a GPU for each learner where there are "
+        f"some; driver and Ray on the head; each of {actor.workers} actors {cpus.actor:g} CPU and {ByteSize(actor.ram)}, wherever there is room"
+    )
 
 
 def gpu_memory() -> int | None:

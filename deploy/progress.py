@@ -113,6 +113,10 @@ class Progress:
 
     def on_actor_died(self, slot: int) -> None:
         self.ledger.died(slot, self.incarnation_of[slot])
+        self.on_actor_left(slot)
+
+    def on_actor_left(self, slot: int) -> None:
+        """Notes that a slot does not act now."""
         self.actors.pop(slot, None)
         self._params_lag_updates.pop(slot, None)
         self._params_watch.forget(slot)

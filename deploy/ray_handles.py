@@ -5,13 +5,16 @@ A handle is made in the driver, pickled to a worker and used there by one thread
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
@@ -33,6 +36,8 @@ class WorkerAddress(NamedTuple):
 
     host: str
     pid: int
+    node_id: str = ""
+    """Ray's name of its node."""
 
 
 class Worker:
@@ -48,7 +53,18 @@ class Worker:
     def build(self, function: Any, *args: Any) -> WorkerAddress:
         """Makes the role with an importable function; returns where it runs."""
         self._role = function(*args)
-        return WorkerAddress(socket.gethostname(), os.getpid())
+        return self.address()
+
+    def address(self) -> WorkerAddress:
+        """Returns where it runs; the first answer says that it has a place."""
+        return WorkerAddress(socket.gethostname(), os.getpid(), ray.get_runtime_context().get_node_id())
+
+    def read_file(self, path: str) -> tuple[str, bytes | None]:
+        """Returns the host and what it has in a file, None where it has no such."""
+        try:
+            return socket.gethostname(), Path(path).read_bytes()
+        except OSError:
+            return socket.gethostname(), None
 
     def free_address(self) -> str:
         """Returns HOST:PORT where nothing listens: for a group of learners to meet at. On a single node nobody else reaches it."""
@@ -65,6 +81,14 @@ class Worker:
             return getattr(self._role, method)(*args, **named)
         except MemoryError:
             os._exit(1)
+
+
+def end_worker(pid: int) -> None:
+    """Kills a worker of Ray's on this host, and no process that has its number by now."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if process.name().startswith("ray::"):
+            process.kill()
 
 
 class _Sent(NamedTuple):

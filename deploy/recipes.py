@@ -288,6 +288,32 @@ def apex() -> RunConfig:
     )
 
 
+def small_cluster() -> RunConfig:
+    """Atari on one GPU and 16 cores, on one node or several: Ape-X's network, priorities and ladder, eight actors of eight games each and
+    eight samples a step. Our settings; nobody has measured them on such a machine yet.
+    """
+    base = apex()
+    return replace(
+        base,
+        recipe="small-cluster",
+        env=replace(base.env, max_episode_frames=108_000),
+        actors=replace(base.actors, num_actors=8, num_envs=8, chunk_transitions=32, pull_period_steps=20),
+        replay=replace(
+            base.replay, num_shards=2, capacity=1_000_000, memory=ByteSize(4 * GIB), min_size=20_000, samples_per_insert=8.0
+        ),
+        learner=replace(
+            base.learner,
+            batch_size=256,
+            optimizer="adam",
+            learning_rate=1e-4,
+            optimizer_epsilon=1.5e-4,
+            max_grad_norm=10.0,
+            prefetch_batches=8,
+        ),
+        object_store_memory=ByteSize(GIB),
+    )
+
+
 def double() -> RunConfig:
     """Double DQN (van Hasselt et al. 2016, arXiv:1509.06461), the tuned settings as in dqn_zoo's `double_q`.
 
@@ -503,5 +529,6 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "munchausen-iqn": munchausen_iqn,
     "rainbow": rainbow,
     "apex": apex,
+    "small-cluster": small_cluster,
     "btr": btr,
 }

@@ -168,7 +168,7 @@ class Recorder:
         )
         table.add_row(
             "actors alive",
-            f"{len(progress.actors)} of {config.actors.num_actors}",
+            f"{len(progress.actors)} of {config.actors.num_workers}",
             "learner busy",
             f"{row.get('learner/busy_fraction', 0.0):.0%}",
         )

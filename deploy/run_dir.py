@@ -25,7 +25,7 @@ from learner import checkpoint as checkpoints
 FORMAT_VERSION = 1
 _PACKAGES = ("torch", "ray", "gymnasium", "ale-py", "numpy", "lz4", "msgpack", "safetensors")
 _MUST_AGREE = ("env", "network", "seed", "learner.optimizer")
-_CHANGES_NOTHING = ("max_", "log_period_seconds", "evaluation.", "learner.checkpoint", "object_store_memory")
+_CHANGES_NOTHING = ("max_", "log_period_seconds", "evaluation.", "learner.checkpoint", "object_store_memory", "address")
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -104,9 +104,14 @@ def open_run(config: RunConfig, path: Path, checkpoint: str | None = None) -> Ru
         raise UserError(f"--run-dir {path}: no permission to write there ({error.strerror})") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         lock.close()
         raise UserError(f"{path}: another qfleet is running there; stop it first, or choose another --run-dir") from error
+    except OSError as error:
+        lock.close()
+        raise UserError(
+            f"--run-dir {path}: its file system has no locks ({error.strerror}): mount it with them (Lustre: -o flock)"
+        ) from error
     try:
         return _open_locked(config, path, lock, checkpoint)
     except BaseException:

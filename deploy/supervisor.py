@@ -8,21 +8,16 @@ out, Ray kills the newest first.
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
+import math
 import shutil
-import socket
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from common.config import EnvSpec, RunConfig
 from common.errors import CheckpointError, NonFiniteError, UserError, WireError
@@ -30,12 +25,14 @@ from common.files import write_whole
 from common.metrics import LearnerStats
 from deploy import roles
 from deploy.adjust import take_up_adjustment
-from deploy.outcome import Outcome
-from deploy.plan import CpuPlan, plan_cpus
+from deploy.outcome import Outcome, RunFault
+from deploy.placement import Placement
+from deploy.plan import spread_slots
 from deploy.progress import Progress
 from deploy.ray_errors import one_line
-from deploy.ray_handles import NotBuiltError, RayReplayReader, RayReplayWriter, Worker, WorkerAddress
+from deploy.ray_handles import NotBuiltError, RayReplayReader, RayReplayWriter, Worker, WorkerAddress, end_worker
 from deploy.ray_params import RayParamsReader, RayParamsWriter
+from deploy.ray_session import Node, leaving_nodes, make_temp_dir, nodes, start_ray
 from deploy.recorder import Recorder
 from deploy.replay_logs import ReplayLogs, ShardStart
 from deploy.restart_policy import MAX_DEATHS, WINDOW_SECONDS, RestartPolicy
@@ -43,7 +40,11 @@ from deploy.run_dir import RunDirectory, write_json
 from deploy.stop_signal import StopSignal
 from learner import checkpoint as checkpoints
 
-_CALL_SECONDS = 1.0  # How long a worker runs before it reports.
+_CALL_SECONDS = 1.0  # How long a worker runs before it reports,
+_MAX_CALL_SECONDS = 10.0  # and at most, where the fleet is so large
+_REPORTS_PER_SECOND = 30.0  # that all actors together would report more often.
+_MANY_CALLS = 32  # From so many on, answers are taken together,
+_TOGETHER_SECONDS = 0.1  # those of so long, but for the learner's.
 _START_SECONDS = 180.0  # A worker that is not ready by then will not be.
 _ANSWER_SECONDS = 30.0  # A call that only reads or writes state.
 _QUIET_SECONDS = 10.0  # A worker that was to report after a second and did not for so long is named.
@@ -52,12 +53,9 @@ _LOOK_SECONDS = 1.0  # Between two questions to shards and store, which answer a
 _SILENT_SECONDS = 30.0  # A shard or store that did not answer for so long is given up.
 _SIDE_CALLS = ("saving", "saving networks", "limiter")  # Of workers that have another call under way, which tells how they are.
 _FULL_DISK_SECONDS = 5.0  # Until a shard is made again whose log could not be written.
-_REST_SECONDS = 15.0  # For an actor to end its call of a second, at the end of a run.
-_DRAIN_LOOK_SECONDS = 5.0  # Between two questions which nodes are about to leave.
-
-
-class RunFault(RuntimeError):
-    """Something that the run cannot go on from. Its text is one line."""
+_REST_SECONDS = 20.0  # For an actor to end its call, at the end of a run.
+_MAX_FRUITLESS = 3  # Actors in a row that die on a node before they did anything, until it gets no more.
+_NODES_LOOK_SECONDS = 5.0  # Between two questions which nodes there are, and which are about to leave.
 
 
 class WorkerDied(RunFault):
@@ -103,53 +101,68 @@ class Supervisor:
         self._learns = False  # Else the learner is being made.
         self._next_checkpoint = 0.0
         self._limiters_due: dict[int, dict[str, Any]] = {}  # By shard: what it is to hold to when it answers again.
+        self._nodes: dict[str, Node] = {}  # By id.
         self._leaving: set[str] = set()  # Nodes that are about to leave.
-        self._next_drain_look = 0.0
-        self._group: PlacementGroup | None = None
+        self._next_nodes_look = 0.0
+        self._placing: set[int] = set()  # Slots that had no place at the last look.
+        self._some_waited = False
+        self._closing: set[int] = set()  # Slots that leave their node in good order.
+        self._node_of: dict[int, str] = {}  # By slot, from the moment that it has a place.
+        self._fruitless: dict[
+            str, int
+        ] = {}  # By node: actors that died there one after another before any of them did anything.
+        self._placement: Placement | None = None
         self._store: Any = None
         self._evaluator: Any = None
         self._evaluating = False
         self._next_evaluation = 0.0
         self._target_reached = False
-        self._plan: CpuPlan | None = None
+        num_workers = config.actors.num_workers
+        self._slots = spread_slots(config.actors.num_actors)[:num_workers]
+        self._actor_seconds = min(max(_CALL_SECONDS, num_workers / _REPORTS_PER_SECOND), _MAX_CALL_SECONDS)
         self._addresses: dict[str, Any] = {}
 
     def run(self) -> Outcome:
-        """Runs to the end; Ray is shut down and its files removed whatever happens."""
-        temp_dir = make_temp_dir()
+        """Runs to the end; Ray is shut down, or left, and its files removed whatever happens. On a cluster `ray_session.attach` comes
+        before.
+        """
+        temp_dir = make_temp_dir() if self._config.address is None else None
         try:
             try:
-                self._start(temp_dir)
+                if temp_dir is not None:
+                    start_ray(self._config, temp_dir)
+                self._start()
             except (RunFault, RayError) as error:
                 return Outcome("fault", one_line(error), None, None)
             return self._supervise()
         finally:
             ray.shutdown()
-            shutil.rmtree(temp_dir, ignore_errors=True)
+            if temp_dir is not None:
+                shutil.rmtree(temp_dir, ignore_errors=True)
 
-    def _start(self, temp_dir: str) -> None:
+    def _start(self) -> None:
         config = self._config
-        start_ray(config, temp_dir)
         self._stop.install()
-        num_cpus = int(ray.cluster_resources()["CPU"])  # type: ignore[no-untyped-call]
-        plan = self._plan = plan_cpus(config, num_cpus)
-        self._recorder.event(f"Ray is up on {num_cpus} CPUs; {plan.describe()}")
-        self._place(plan)
+        placement = self._placement = Placement(config, self._spec)
+        self._nodes = {node.node_id: node for node in nodes()}
+        self._recorder.event(placement.describe())
+        placement.reserve(self._recorder.event, self._stop)
         self._make_learners()
-        num_ranks = config.learner.num_devices
         starts = self._logs.begin(self._run_dir.meta)
         for note in self._logs.notes:
             self._recorder.event(note)
         indices = range(config.replay.num_shards)
-        self._shards = [self._worker(f"shard{i}", plan.shard, num_ranks + i, max_restarts=-1) for i in indices]
+        self._shards = [self._worker("shard", f"shard{i}", i, max_restarts=-1) for i in indices]
         self._shard_states, self._shard_restarts = [start.state for start in starts], [0 for _ in indices]
-        self._store = self._worker("store", plan.store, max_restarts=-1)
+        self._store = self._worker("store", "store", max_restarts=-1)
+        if config.address is not None:
+            self._check_run_dir()
         built = [self._build_shard(i, start) for i, start in enumerate(starts)]
         built.append(self._build_store())
         built += self._build_learners(self._run_dir.checkpoint)
         self._start_evaluator()
-        for slot in range(config.actors.num_actors):
-            self._start_actor(slot)
+        if config.address is None:  # Everything at once. A cluster may have hundreds of actors, and what they need comes first.
+            self._start_actors()
         names = [*(f"shard{i}" for i in range(len(self._shards))), "store", *self._learner_names()]
         addresses = self._answers(built, _START_SECONDS, "learner, shards and store to start")
         for name, address in zip(names, addresses, strict=True):
@@ -159,43 +172,28 @@ class Supervisor:
             self._recorder.event(self._progress.restored_sentence(self._run_dir.checkpoint.name))
         if self._save() is None:
             raise RunFault("a run begins with a checkpoint, and none could be written")
+        if config.address is not None:
+            self._start_actors()
         self._start_learners()
 
-    def _place(self, plan: CpuPlan) -> None:
-        """Puts learner and shards on one node where they fit, so that batches move through shared memory."""
-        config = self._config
-        of_learner = {"CPU": plan.learner} | ({"GPU": 1.0} if self._num_gpus() else {})
-        bundles = [*[of_learner] * config.learner.num_devices, *[{"CPU": plan.shard}] * config.replay.num_shards]
-        for strategy in ("STRICT_PACK", "PACK"):
-            self._group = placement_group(bundles, strategy=strategy)
-            if self._group.wait(20):
-                return
-            ray.util.remove_placement_group(self._group)
-        raise RunFault(f"no {plan.describe()} could be placed for learner and shards: the cluster has too few free CPUs")
+    def _check_run_dir(self) -> None:
+        """Raises UserError where learner or shards do not see the run directory that the driver writes."""
+        file = (self._run_dir.path / "run.json").resolve()
+        workers = {"the learner": self._learners[0], **{f"shard {i}": shard for i, shard in enumerate(self._shards)}}
+        calls = [worker.read_file.remote(str(file)) for worker in workers.values()]
+        told = self._answers(calls, _START_SECONDS, "learner and shards to start")
+        for name, (host, content) in zip(workers, told, strict=True):
+            if content != file.read_bytes():
+                raise UserError(
+                    f"{name} runs on {host}, where {file.parent} is not this run directory: give --run-dir a place on a file system that all "
+                    f"nodes share, or keep learner and shards on this host with --learner.node-labels"
+                )
 
-    def _num_gpus(self) -> int:
-        """Returns how many GPUs the learner takes: one a rank, or none."""
-        config = self._config.learner
-        there = 0 if config.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
-        if there < config.num_devices and (there or config.device == "cuda"):
-            raise UserError(
-                f"learner.num_devices {config.num_devices}, but there are {there} GPUs: set --learner.num-devices {max(there, 1)}, or "
-                f"--learner.device cpu"
-            )
-        return config.num_devices if there else 0
-
-    def _worker(
-        self, name: str, num_cpus: float, bundle: int | None = None, num_gpus: float = 0.0, max_restarts: int = 0
-    ) -> Any:
-        """Makes a worker, in a bundle of the placement group where one is named."""
-        options: dict[str, Any] = {"num_cpus": num_cpus, "enable_task_events": False, "name": name}
-        options["max_restarts"] = max_restarts
-        if num_gpus:
-            options["num_gpus"] = num_gpus
-        if bundle is not None:
-            assert self._group is not None
-            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
-        return ray.remote(Worker).options(**options).remote()
+    def _worker(self, role: str, name: str, index: int = 0, max_restarts: int = 0) -> Any:
+        """Makes a worker, where the placement of its role says."""
+        assert self._placement is not None
+        options = self._placement.options(role, index)
+        return ray.remote(Worker).options(enable_task_events=False, name=name, max_restarts=max_restarts, **options).remote()
 
     def _build_shard(self, index: int, start: ShardStart) -> Any:
         """Has a shard made, under an epoch of its own; returns the call, which waits for the process where that comes anew."""
@@ -212,14 +210,12 @@ class Supervisor:
         return ["learner"] if len(ranks) == 1 else [f"learner{rank}" for rank in ranks]
 
     def _make_learners(self) -> None:
-        assert self._plan is not None
-        cpus, gpus = self._plan.learner, 1.0 if self._num_gpus() else 0.0
         names = [f"{name}.{self._progress.epoch}" for name in self._learner_names()]
-        self._learners = [self._worker(name, cpus, rank, gpus) for rank, name in enumerate(names)]
+        self._learners = [self._worker("learner", name, rank) for rank, name in enumerate(names)]
 
     def _build_learners(self, checkpoint: Path | None) -> list[Any]:
         """Has every rank made, from a checkpoint where there is one; returns the calls."""
-        assert self._plan is not None
+        assert self._placement is not None
         config, path = self._config, str(self._run_dir.path.resolve())
         address: str | None = None
         if len(self._learners) > 1:
@@ -231,7 +227,7 @@ class Supervisor:
             path,
             self._progress.epoch,
             str(checkpoint) if checkpoint is not None else None,
-            self._plan.learner_threads,
+            self._placement.learner_threads,
             [RayReplayReader(shard, i) for i, shard in enumerate(self._shards)],
             RayParamsWriter(self._store),
         )
@@ -283,21 +279,29 @@ class Supervisor:
                 self._recorder.event(str(error).partition(";")[0])
         raise RunFault(f"{self._run_dir.path}: there is no whole checkpoint for the learner to go on from")
 
+    def _start_actors(self) -> None:
+        for slot in self._slots:
+            self._start_actor(slot)
+
     def _start_actor(self, slot: int) -> None:
-        """Starts the next incarnation of a slot; it goes on from the steps that the slot last reported."""
-        assert self._plan is not None
+        """Asks Ray for a place for the next incarnation of a slot, which may be long in coming."""
+        incarnation = self._progress.next_incarnation(slot)
+        worker = self._actors[slot] = self._worker("actor", f"actor{slot}.{incarnation}")
+        is_local = self._config.address is None
+        self._expect(worker.address.remote(), "placing", slot, _START_SECONDS if is_local else math.inf)
+
+    def _build_actor(self, slot: int) -> None:
+        """Has an actor made that has a place; it goes on from the steps that its slot last reported."""
         progress, config = self._progress, self._config
-        incarnation = progress.next_incarnation(slot)
-        worker = self._actors[slot] = self._worker(f"actor{slot}.{incarnation}", self._plan.actor)
         replay = RayReplayWriter(self._shards, config.actors.max_in_flight_chunks, first_shard=slot)
         params = RayParamsReader(self._store)
-        steps = progress.env_steps_of[slot]
-        arguments = (config, self._spec, self._run_dir.run, slot, incarnation, steps, replay, params)
-        self._expect(worker.build.remote(roles.make_actor, *arguments), "actor", slot, _START_SECONDS)
+        arguments = (config, self._spec, self._run_dir.run, slot, progress.incarnation_of[slot], progress.env_steps_of[slot])
+        self._expect(
+            self._actors[slot].build.remote(roles.make_actor, *arguments, replay, params), "actor", slot, _START_SECONDS
+        )
 
     def _start_evaluator(self) -> None:
-        assert self._plan is not None
-        self._evaluator = self._worker(f"evaluator.{time.monotonic_ns()}", self._plan.evaluator)
+        self._evaluator = self._worker("evaluator", f"evaluator.{time.monotonic_ns()}")
         arguments = (self._config, self._spec, RayParamsReader(self._store))
         self._expect(self._evaluator.build.remote(roles.make_evaluator, *arguments), "evaluator", 0, _START_SECONDS)
         self._evaluating = False
@@ -315,7 +319,8 @@ class Supervisor:
     def _expect(self, call: Any, role: str, index: int = 0, seconds: float = _HUNG_SECONDS) -> None:
         now = time.monotonic()
         reports_soon = role in ("actor", "learner", "shard", "store") and seconds <= _HUNG_SECONDS
-        self._calls[call] = _Call(role, index, now + seconds, now + _QUIET_SECONDS if reports_soon else None)
+        quiet_seconds = _QUIET_SECONDS + (self._actor_seconds if role == "actor" else 0.0)
+        self._calls[call] = _Call(role, index, now + seconds, now + quiet_seconds if reports_soon else None)
 
     def _name(self, role: str, index: int) -> str:
         """Returns what a person calls a worker."""
@@ -340,13 +345,15 @@ class Supervisor:
                 self._take_answers()
                 self._start_again()
                 self._look_at_shards()
-                self._look_for_leaving_nodes()
+                self._look_at_nodes()
                 now = time.monotonic()
                 if now >= next_row:
                     next_row = now + config.log_period_seconds
                     self._adjust()
                     self._tell_faults()
                     self._recorder.row()
+            if not self._learns and config.address is not None:  # Its node may never come back.
+                return self._end_without_learner(stopped_by)
             self._drain_role("learner", _ANSWER_SECONDS if self._learns else _START_SECONDS)
             if self._stop.is_urgent:  # The grace period may end before all actors have come to rest.
                 self._save()
@@ -365,6 +372,18 @@ class Supervisor:
         self._recorder.row()
         return Outcome(stopped_by, fault, digest, progress.ledger.balance(progress.shards))
 
+    def _end_without_learner(self, stopped_by: str) -> Outcome:
+        """Ends a run whose learner is away: its last checkpoint is what there is."""
+        self._calls = {call: expected for call, expected in self._calls.items() if expected.role != "learner"}
+        self._recorder.event("the learner is away: the last checkpoint stays the newest")
+        self._drain_actors()
+        try:
+            self._read_shards()
+        except (RunFault, RayError):
+            return Outcome(stopped_by, None, None, None)
+        self._recorder.row()
+        return Outcome(stopped_by, None, None, self._progress.ledger.balance(self._progress.shards))
+
     def _keep_traceback(self, error: BaseException) -> str:
         """Writes what a worker raised last to a file of the run directory; returns the words that say so, none where it raised nothing."""
         cause = error.__cause__ if isinstance(error, RunFault) else error
@@ -375,18 +394,45 @@ class Supervisor:
             write_whole(path, str(cause).encode())
         return f"; its traceback is in {path}"
 
-    def _look_for_leaving_nodes(self) -> None:
-        """Begins a checkpoint when a node is about to leave: what is on it may have half a minute left."""
-        if time.monotonic() < self._next_drain_look:
+    def _look_at_nodes(self) -> None:
+        """Tells who has come and gone, and begins a checkpoint when a node is about to leave: what is on it may have half a
+        minute left. Actors there move when they report next.
+        """
+        if time.monotonic() < self._next_nodes_look:
             return
-        self._next_drain_look = time.monotonic() + _DRAIN_LOOK_SECONDS
+        self._next_nodes_look = time.monotonic() + _NODES_LOOK_SECONDS
+        before, self._nodes = self._nodes, {node.node_id: node for node in nodes()}
+        for node_id in self._nodes.keys() - before.keys():
+            self._recorder.event(f"node {self._nodes[node_id].describe()} has joined")
+        for node_id in before.keys() - self._nodes.keys():
+            self._recorder.event(f"node {before[node_id].describe()} has left")
         leaving = leaving_nodes()
-        for node in sorted(leaving - self._leaving):
+        for node_id in sorted(leaving - self._leaving):
             self._recorder.event(
-                f"node {node[:8]} is about to leave: a checkpoint is written, and what is on it begins again elsewhere"
+                f"node {self._nodes[node_id].host if node_id in self._nodes else node_id[:8]} is about to leave: a checkpoint is written, and "
+                f"what is on it begins again elsewhere"
             )
             self._next_checkpoint = time.monotonic()
         self._leaving = leaving
+        self._look_for_places()
+
+    def _look_for_places(self) -> None:
+        """Tells how many actors wait for a node that takes them."""
+        assert self._placement is not None
+        if self._config.address is None:
+            return
+        placing = {call.worker_index for call in self._calls.values() if call.role == "placing"}
+        waiting, self._placing = placing & self._placing, placing
+        self._progress.away.pop(("fleet", 0), None)
+        if waiting:
+            text = f"{len(waiting)} of {len(self._slots)} actors wait for a node with {self._placement.describe_actor()}"
+            self._progress.away["fleet", 0] = text
+        if waiting and not self._some_waited:
+            self._some_waited = True
+            self._recorder.event(text)
+        elif self._some_waited and len(self._progress.actors) == len(self._slots):
+            self._some_waited = False
+            self._recorder.event("every actor acts")
 
     def _adjust(self) -> None:
         """Takes up a change of the limiters that `qfleet adjust` has left."""
@@ -403,7 +449,11 @@ class Supervisor:
 
     def _take_answers(self) -> None:
         """Waits for an answer, takes in all that are there, and gives up workers that are long overdue."""
-        ray.wait(list(self._calls), num_returns=1, timeout=0.5)
+        if len(self._calls) < _MANY_CALLS:
+            ray.wait(list(self._calls), num_returns=1, timeout=0.5)
+        else:  # Looking at hundreds of calls for each answer would take a core.
+            learner_calls = [call for call, expected in self._calls.items() if expected.role == "learner"]
+            ray.wait(learner_calls or list(self._calls), num_returns=1, timeout=_TOGETHER_SECONDS)
         ready, overdue = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
         for call in ready:
             if call in self._calls:  # A restart of the learner has given up the calls of all its ranks.
@@ -438,11 +488,11 @@ class Supervisor:
             if self._progress.away.pop((role, index), None) is not None:
                 self._recorder.event(f"{self._name(role, index)} answers again")
         if role == "actor":
-            if isinstance(result, WorkerAddress):  # The answer of `build`.
-                self._note_worker(f"actor{index}", result)
-            else:
-                self._progress.on_actor(result)
-            self._expect(self._actors[index].call.remote("run", _CALL_SECONDS), "actor", index)
+            self._on_actor(index, result)
+        elif role == "placing":
+            self._note_worker(f"actor{index}", result)
+            self._node_of[index] = result.node_id
+            self._build_actor(index)
         elif role == "learner":
             self._on_learner(index, result)
         elif role == "shard":
@@ -457,6 +507,24 @@ class Supervisor:
                 self._must_publish = True
         elif role == "evaluator":
             self._on_evaluator(result)
+
+    def _on_actor(self, slot: int, result: Any) -> None:
+        """Takes in what an actor reported; it goes on, or, where its node is about to leave, ends in good order and begins elsewhere."""
+        if not isinstance(result, WorkerAddress):  # The answer of `build`.
+            self._progress.on_actor(result)
+            self._fruitless.pop(self._node_of[slot], None)
+        actor = self._actors[slot]
+        if slot in self._closing:
+            self._closing.discard(slot)
+            ray.kill(self._actors.pop(slot))
+            self._node_of.pop(slot, None)
+            self._progress.on_actor_left(slot)
+            self._starts["actor", slot] = time.monotonic()
+        elif self._node_of[slot] in self._leaving:
+            self._closing.add(slot)
+            self._expect(actor.call.remote("close", _ANSWER_SECONDS / 2), "actor", slot)
+        else:
+            self._expect(actor.call.remote("run", self._actor_seconds), "actor", slot)
 
     def _look_at_shards(self) -> None:
         """Asks shards and store, each second, how they are: nobody else waits for their answers."""
@@ -534,6 +602,7 @@ class Supervisor:
 
     def _on_death(self, role: str, index: int, error: RayError) -> None:
         """Restarts what may be restarted; raises for what may not."""
+        role = "actor" if role == "placing" else role
         cause = error.cause if isinstance(error, RayTaskError) else None
         if isinstance(cause, (NonFiniteError, UserError)) and not isinstance(cause, WireError):
             raise type(cause)(f"{role} {index}: {cause}") from error
@@ -551,7 +620,8 @@ class Supervisor:
             self._starts[role, index] = time.monotonic() + _FULL_DISK_SECONDS
             return
         policy, slot = self._policy(role, index)
-        delay = policy.on_death(slot, time.monotonic())
+        had_process = role != "actor" or index in self._node_of
+        delay = 0.0 if self._has_lost_its_node(role, index, error) else policy.on_death(slot, time.monotonic())
         if delay is None:
             raise RunFault(
                 f"{name} died {MAX_DEATHS} times within {WINDOW_SECONDS:.0f} s or without a report, the last time of: {one_line(error)}"
@@ -564,8 +634,10 @@ class Supervisor:
             when = f"in {delay:.0f} s a new one takes its place" if delay else "a new one takes its place"
             self._recorder.event(f"{name} died ({one_line(error)}); {when}")
             ray.kill(self._actors.pop(index) if role == "actor" else self._evaluator)
-            _end_process(self._addresses.get(f"actor{index}" if role == "actor" else "evaluator"))
+            if had_process:
+                _end_process(self._addresses.get(f"actor{index}" if role == "actor" else "evaluator"))
             if role == "actor":
+                self._closing.discard(index)
                 self._progress.on_actor_died(index)
             quarantined = slot in policy.quarantined(time.monotonic())
             self._progress.away[role, index] = (
@@ -576,8 +648,35 @@ class Supervisor:
     def _policy(self, role: str, index: int) -> tuple[RestartPolicy, int]:
         """Returns who decides when a worker begins again, and as which slot it is known there: only actors can do without one."""
         group, slot = (f"{role}{index}", 0) if role == "shard" else (role, index if role == "actor" else 0)
-        num_slots = self._config.actors.num_actors if role == "actor" else 1
+        num_slots = len(self._slots) if role == "actor" else 1
         return self._policies.setdefault(group, RestartPolicy(num_slots)), slot
+
+    def _has_lost_its_node(self, role: str, index: int, error: RayError) -> bool:
+        """Whether an actor's node has left the cluster, cannot be reached, is about to leave, or lets no actor live: no fault of the slot."""
+        node_id = self._node_of.pop(index, None) if role == "actor" else None
+        if node_id is None or self._config.address is None:
+            return False
+        if isinstance(error, ActorUnavailableError) or node_id in self._leaving:
+            return True
+        if all(node.node_id != node_id for node in nodes()):
+            return True
+        return self._is_bad(node_id, index, error)
+
+    def _is_bad(self, node_id: str, slot: int, error: RayError) -> bool:
+        """Counts an actor that died before it did anything against its node, which is avoided after three, while others act elsewhere."""
+        assert self._placement is not None
+        if slot in self._progress.actors:
+            return False
+        self._fruitless[node_id] = self._fruitless.get(node_id, 0) + 1
+        if self._fruitless[node_id] < _MAX_FRUITLESS or not self._progress.actors:
+            return False
+        if self._fruitless[node_id] == _MAX_FRUITLESS:
+            self._placement.avoid(node_id)
+            host = self._nodes[node_id].host if node_id in self._nodes else node_id[:8]
+            self._recorder.event(
+                f"{host} gets no more actors: {_MAX_FRUITLESS} died there before they did anything ({one_line(error)})"
+            )
+        return True
 
     def _start_again(self) -> None:
         """Starts those whose time has come."""
@@ -664,7 +763,13 @@ class Supervisor:
 
     def _drain_actors(self) -> None:
         """Lets every actor come to rest, and every chunk in flight be answered."""
+        for call, expected in list(self._calls.items()):
+            if expected.role == "placing":
+                del self._calls[call]
+                ray.kill(self._actors.pop(expected.worker_index))
         self._drain_role("actor", _REST_SECONDS)
+        for slot in self._closing & self._actors.keys():
+            ray.kill(self._actors.pop(slot))
         closing = {slot: worker.call.remote("close", _ANSWER_SECONDS / 2) for slot, worker in self._actors.items()}
         for slot, call in closing.items():
             try:
@@ -785,44 +890,13 @@ class Supervisor:
             raise WorkerDied(f"{what}: the worker died: {one_line(error)}") from error
 
 
-def leaving_nodes() -> set[str]:
-    """Returns the ids of nodes that drain (a preemption, a scale-down); what Ray has for it is private."""
-    try:
-        return set(ray._private.state.state.get_draining_nodes())
-    except (AttributeError, RayError):
-        return set()
-
-
-def make_temp_dir() -> str:
-    """Makes a directory for Ray's files, named after this process, and removes those of processes that are gone."""
-    root = Path(tempfile.gettempdir())
-    for path in root.glob("qfleet-*-*"):
-        pid = path.name.split("-")[1]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-    return tempfile.mkdtemp(prefix=f"qfleet-{os.getpid()}-")
-
-
-def start_ray(config: RunConfig, temp_dir: str) -> None:
-    """Starts a local Ray of its own, with its files in `temp_dir`. Call `ray_environment.prepare` before importing Ray."""
-    try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=int(config.object_store_memory),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=temp_dir,
-        )
-    except Exception as error:  # Ray raises bare ones here.
-        raise RunFault(f"Ray did not start: {one_line(error)}; is the machine overloaded or out of memory?") from error
-
-
 def _end_process(address: dict[str, Any] | None) -> None:
-    """Ends a worker's process where it runs on this host: one that was stopped does not hear `ray.kill`, and keeps its place."""
-    if address is None or address["host"] != socket.gethostname():
+    """Ends a worker's process, here or on its node: one that was stopped does not hear `ray.kill`, and keeps its place."""
+    if address is None:
         return
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(address["pid"])
-        if process.name().startswith("ray::"):
-            process.kill()
+    if address["node_id"] in ("", ray.get_runtime_context().get_node_id()):
+        end_worker(address["pid"])
+        return
+    where = NodeAffinitySchedulingStrategy(address["node_id"], soft=False)
+    with contextlib.suppress(RayError, ValueError):
+        ray.remote(end_worker).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(address["pid"])

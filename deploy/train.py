@@ -14,7 +14,7 @@ from common.errors import UserError
 from deploy import run_dir as run_dirs
 from deploy.human_scores import human_normalized_score
 from deploy.outcome import Outcome
-from deploy.plan import check_learner, check_memory, plan_cpus
+from deploy.plan import check_index, check_learner, check_memory, plan_cpus
 from deploy.plots import draw_learning_curve, read_rows
 from deploy.progress import Progress
 from deploy.protocol_card import make_card
@@ -33,10 +33,13 @@ def train(config: RunConfig, path: Path, checkpoint: str | None = None) -> int:
     """
     started = time.monotonic()
     spec = probe(config.env)
-    if not config.serial:
-        plan_cpus(config, run_dirs.num_cpus())
-    check_memory(config, spec)
-    check_learner(config.learner)
+    if config.address is not None:
+        _attach(config, spec, path)
+    else:
+        if not config.serial:
+            plan_cpus(config, run_dirs.num_cpus())
+        check_memory(config, spec)
+        check_learner(config.learner)
     run_dir = run_dirs.open_run(config, path, checkpoint)
     progress = Progress(config, run_dir.meta, last_epoch=run_dir.last_epoch, is_exact=run_dir.may_go_on_exactly(config))
     progress.started = started
@@ -60,7 +63,8 @@ def train(config: RunConfig, path: Path, checkpoint: str | None = None) -> int:
         else:
             from deploy import ray_environment
 
-            ray_environment.prepare()
+            if config.address is None:
+                ray_environment.prepare()
             from deploy.supervisor import Supervisor
 
             outcome = Supervisor(config, spec, run_dir, progress, recorder, stop).run()
@@ -71,6 +75,26 @@ def train(config: RunConfig, path: Path, checkpoint: str | None = None) -> int:
             recorder.close()
             run_dir.close()
     return _close(config, spec, run_dir, progress, recorder, outcome)
+
+
+def _attach(config: RunConfig, spec: EnvSpec, path: Path) -> None:
+    """Connects to the cluster of `config.address`.
+
+    Raises:
+      UserError: where that cannot be, or the replay's budget is too small for its index; what nodes have room for is known later.
+    """
+    from deploy import ray_environment
+
+    assert config.address is not None
+    check_index(config, spec)
+    ray_environment.prepare_to_attach(config.address)
+    from deploy import ray_session
+
+    if ray_session.runs_as_job() and not path.is_absolute():
+        raise UserError(
+            f"--run-dir {path}: this job runs in a copy of its working directory that Ray removes: give an absolute path on a disk that stays"
+        )
+    ray_session.attach(config.address)
 
 
 def _close(

@@ -1,7 +1,6 @@
 """Faults at seeded moments, applied to a run from outside, and what must hold after them."""
 
 import contextlib
-import itertools
 import re
 import signal
 import time
@@ -9,13 +8,7 @@ import time
 import numpy as np
 import psutil
 
-from common import wire
-from common.messages import TransitionChunk
-from replay_server.replay_log import ReplayLog
-
 ROLES = ("actor", "shard", "store", "learner", "evaluator")
-CAUSES = re.compile(r"actor died|on its way when an earlier command ended|shard \d+ (was away|died)|unanswered at the end")
-"""Of losses that a fault explains: what was on its way. Nothing that a shard had is among them."""
 
 
 class Chaos:
@@ -70,43 +63,6 @@ class Chaos:
             with contextlib.suppress(psutil.Error):
                 process.send_signal(signal.SIGCONT)
         self._stopped.clear()
-
-
-def check_ledger(ledger):
-    """Everything that was sent is somewhere, and what is lost was on its way."""
-    assert ledger["balanced"], ledger
-    assert ledger["sent"] == ledger["inserted"] + ledger["refused"] + sum(ledger["lost"].values())
-    assert ledger["inserted"] == ledger["resident"] + ledger["evicted"] > 0
-    assert ledger["refused"] == 0
-    assert all(CAUSES.fullmatch(cause) for cause in ledger["lost"]), ledger["lost"]
-
-
-def check_logs(path, num_learner_deaths):
-    """Reads the shards' logs on their own: no transition is there twice, none is half-written, and within one incarnation of an actor
-    the parameters that acted go back only where a learner began again from a checkpoint. Returns how many transitions there are.
-    """
-    parts, num_items = {}, 0
-    for directory in sorted(one for one in (path / "replay").iterdir() if one.is_dir()):
-        expected, damages = None, []
-        for record in ReplayLog(directory).records(damages):
-            if not record.num_items:
-                continue
-            assert expected in (None, record.first_item_id), "a gap in a log that goes on"
-            expected = record.end_item_id
-            chunk = wire.unpack(record.message, TransitionChunk)
-            assert chunk.num_transitions == record.num_items
-            end = chunk.num_sent_before + record.num_items
-            span = (chunk.num_sent_before, end, chunk.seq, chunk.params_version)
-            parts.setdefault((chunk.actor_slot, chunk.incarnation), []).append(span)
-            num_items += record.num_items
-        assert not damages, damages
-    for sender, spans in parts.items():
-        spans.sort()
-        pairs = list(itertools.pairwise(spans))
-        assert all(before[1] <= after[0] for before, after in pairs), f"transitions of {sender} are there twice"
-        assert all(before[2] < after[2] for before, after in pairs), f"chunks of {sender} are out of order"
-        assert sum(before[3] > after[3] for before, after in pairs) <= num_learner_deaths, f"parameters of {sender} went back"
-    return num_items
 
 
 def deaths(text, name):

@@ -14,8 +14,8 @@ import time
 import numpy as np
 import psutil
 import pytest
-from faults import Chaos, check_gone, check_ledger, check_logs, check_told, deaths
-from ray_runs import Run, end_all
+from faults import Chaos, check_gone, check_told, deaths
+from ray_runs import Run, check_ledger, check_logs, end_all
 
 from replay_server.recovery import NOT_IN_LOG
 from replay_server.replay_log import segment_paths

@@ -10,11 +10,12 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from common.errors import CheckpointError
 from common.metrics import LearnerStats
-from deploy import supervisor
+from deploy import ray_handles, supervisor
+from deploy.outcome import RunFault
 from deploy.progress import Progress
 from deploy.ray_handles import WorkerAddress
 from deploy.recipes import gridworld
-from deploy.supervisor import RunFault, Supervisor
+from deploy.supervisor import Supervisor
 
 
 def learner_stats(updates):
@@ -267,19 +268,30 @@ def test_a_silent_worker_is_named_and_then_answers_again_or_is_given_up(under_te
     assert "the learner died (it gave no answer: it hangs)" in events[-1]
 
 
-@pytest.mark.parametrize(
-    ("host", "name", "is_ended"),
-    [(None, "ray::Worker", True), (None, "bash", False), ("elsewhere", "ray::Worker", False)],
-    ids=["here", "another_program", "another_host"],
-)
-def test_only_a_worker_of_this_host_is_ended_by_its_pid(monkeypatch, host, name, is_ended):
+@pytest.mark.parametrize(("name", "is_ended"), [("ray::Worker", True), ("bash", False)], ids=["worker", "another_program"])
+def test_only_a_worker_is_ended_by_its_pid(monkeypatch, name, is_ended):
     """A pid may have been given to another program meanwhile."""
     ended = []
     process = SimpleNamespace(name=lambda: name, kill=lambda: ended.append(1))
-    monkeypatch.setattr(supervisor.psutil, "Process", lambda pid: process)
-    supervisor._end_process({"host": host or supervisor.socket.gethostname(), "pid": 7})
+    monkeypatch.setattr(ray_handles.psutil, "Process", lambda pid: process)
+    ray_handles.end_worker(7)
     assert bool(ended) == is_ended
+
+
+def test_a_worker_is_ended_on_its_own_node(monkeypatch):
+    """Kills: a pid of another host that is killed here, and one there that is never ended."""
+    here, there = [], []
+    context = SimpleNamespace(get_node_id=lambda: "mine")
+    monkeypatch.setattr(supervisor.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(supervisor, "end_worker", here.append)
+    task = SimpleNamespace(
+        options=lambda **named: SimpleNamespace(remote=lambda pid: there.append((named["scheduling_strategy"].node_id, pid)))
+    )
+    monkeypatch.setattr(supervisor.ray, "remote", lambda function: task)
     supervisor._end_process(None)  # A worker that never said where it runs.
+    supervisor._end_process({"host": "h", "pid": 7, "node_id": "mine"})
+    supervisor._end_process({"host": "h", "pid": 8, "node_id": "ab" * 28})
+    assert (here, there) == ([7], [("ab" * 28, 8)])
 
 
 def test_a_shard_that_cannot_come_back_on_a_full_disk_is_tried_again_and_ends_no_run(under_test, monkeypatch):
