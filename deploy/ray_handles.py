@@ -57,7 +57,8 @@ class Worker:
 
     def address(self) -> WorkerAddress:
         """Returns where it runs; the first answer says that it has a place."""
-        return WorkerAddress(socket.gethostname(), os.getpid(), ray.get_runtime_context().get_node_id())
+        node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""  # Else Ray would start one.
+        return WorkerAddress(socket.gethostname(), os.getpid(), node_id)
 
     def read_file(self, path: str) -> tuple[str, bytes | None]:
         """Returns the host and what it has in a file, None where it has no such."""

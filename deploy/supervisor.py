@@ -284,11 +284,13 @@ class Supervisor:
             self._start_actor(slot)
 
     def _start_actor(self, slot: int) -> None:
-        """Asks Ray for a place for the next incarnation of a slot, which may be long in coming."""
+        """Begins the next incarnation of a slot. On a cluster it asks Ray for a place first, which may be long in coming."""
         incarnation = self._progress.next_incarnation(slot)
         worker = self._actors[slot] = self._worker("actor", f"actor{slot}.{incarnation}")
-        is_local = self._config.address is None
-        self._expect(worker.address.remote(), "placing", slot, _START_SECONDS if is_local else math.inf)
+        if self._config.address is None:
+            self._build_actor(slot)
+        else:
+            self._expect(worker.address.remote(), "placing", slot, math.inf)
 
     def _build_actor(self, slot: int) -> None:
         """Has an actor made that has a place; it goes on from the steps that its slot last reported."""
@@ -510,7 +512,10 @@ class Supervisor:
 
     def _on_actor(self, slot: int, result: Any) -> None:
         """Takes in what an actor reported; it goes on, or, where its node is about to leave, ends in good order and begins elsewhere."""
-        if not isinstance(result, WorkerAddress):  # The answer of `build`.
+        if isinstance(result, WorkerAddress):  # The answer of `build`.
+            self._note_worker(f"actor{slot}", result)
+            self._node_of[slot] = result.node_id
+        else:
             self._progress.on_actor(result)
             self._fruitless.pop(self._node_of[slot], None)
         actor = self._actors[slot]

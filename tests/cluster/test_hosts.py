@@ -73,9 +73,11 @@ def test_a_command_ends_in_its_host_as_it_would_here(make_hosts):
     host = make_hosts("a")["a"]
     done = host.run(["sh", "-c", "echo out; echo error >&2; exit 130"])
     assert (done.returncode, done.stdout, done.stderr) == (130, "out\n", "error\n")
-    interrupted = host.popen(["sh", "-c", "trap 'exit 7' INT; echo ready; while :; do sleep 0.1; done"], stdout=subprocess.PIPE)
+    interrupted = host.popen(
+        ["sh", "-c", "trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done"], stdout=subprocess.PIPE
+    )
     assert interrupted.stdout.readline() == b"ready\n"
-    interrupted.send_signal(signal.SIGINT)
+    interrupted.send_signal(signal.SIGTERM)
     assert interrupted.wait(10) == 7
     with pytest.raises(subprocess.TimeoutExpired):
         host.run(["sleep", "60"], seconds=0.2)
