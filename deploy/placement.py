@@ -100,7 +100,8 @@ class Placement:
                 tell(self.describe())
                 return
             if not self._has_able_node:
-                _pause(is_stopped)
+                time.sleep(1.0)
+                _end_where(is_stopped)
         raise UserError(
             f"no node came within {_NODE_SECONDS / 60:.0f} minutes that has room for {self._describe_group()}: add one, lower "
             f"--replay.memory, --replay.num-shards or --learner.num-threads, or see with `ray status` who else uses the cluster"
@@ -124,9 +125,11 @@ class Placement:
             options |= {"memory": self._memory["actor"], "label_selector": self._actor_selector | avoided}
         return options
 
-    def avoid(self, node_id: str) -> None:
-        """Has no further actor begin on a node."""
-        self._avoided.append(node_id)
+    def avoid(self, node_id: str) -> bool:
+        """Has no further actor begin on a node; returns whether that is new."""
+        is_new = node_id not in self._avoided
+        self._avoided += [node_id] if is_new else []
+        return is_new
 
     def _in_bundle(self, bundle: int, role: str | None = None) -> dict[str, Any]:
         assert self._group is not None
@@ -186,8 +189,3 @@ def _end_where(is_stopped: Callable[[], Any]) -> None:
     """Raises KeyboardInterrupt where somebody wants the run to end: there is nothing yet that could be saved."""
     if is_stopped():
         raise KeyboardInterrupt
-
-
-def _pause(is_stopped: Callable[[], Any]) -> None:
-    time.sleep(1.0)
-    _end_where(is_stopped)

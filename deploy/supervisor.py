@@ -108,9 +108,7 @@ class Supervisor:
         self._some_waited = False
         self._closing: set[int] = set()  # Slots that leave their node in good order.
         self._node_of: dict[int, str] = {}  # By slot, from the moment that it has a place.
-        self._fruitless: dict[
-            str, int
-        ] = {}  # By node: actors that died there one after another before any of them did anything.
+        self._fruitless: dict[str, int] = {}  # By node: deaths there, one after another, of actors that had done nothing.
         self._placement: Placement | None = None
         self._store: Any = None
         self._evaluator: Any = None
@@ -355,12 +353,14 @@ class Supervisor:
                     self._tell_faults()
                     self._recorder.row()
             if not self._learns and config.address is not None:  # Its node may never come back.
-                return self._end_without_learner(stopped_by)
-            self._drain_role("learner", _ANSWER_SECONDS if self._learns else _START_SECONDS)
-            if self._stop.is_urgent:  # The grace period may end before all actors have come to rest.
-                self._save()
-            self._drain_actors()
-            digest = self._finish(stopped_by)
+                self._recorder.event("the learner is away: the last checkpoint stays the newest")
+                self._drain_actors()
+            else:
+                self._drain_role("learner", _ANSWER_SECONDS if self._learns else _START_SECONDS)
+                if self._stop.is_urgent:  # The grace period may end before all actors have come to rest.
+                    self._save()
+                self._drain_actors()
+                digest = self._finish(stopped_by)
         except NonFiniteError as error:
             stopped_by, fault = "non_finite", str(error)
         except (RunFault, RayError) as error:
@@ -373,18 +373,6 @@ class Supervisor:
             return Outcome(stopped_by, fault, digest, None)
         self._recorder.row()
         return Outcome(stopped_by, fault, digest, progress.ledger.balance(progress.shards))
-
-    def _end_without_learner(self, stopped_by: str) -> Outcome:
-        """Ends a run whose learner is away: its last checkpoint is what there is."""
-        self._calls = {call: expected for call, expected in self._calls.items() if expected.role != "learner"}
-        self._recorder.event("the learner is away: the last checkpoint stays the newest")
-        self._drain_actors()
-        try:
-            self._read_shards()
-        except (RunFault, RayError):
-            return Outcome(stopped_by, None, None, None)
-        self._recorder.row()
-        return Outcome(stopped_by, None, None, self._progress.ledger.balance(self._progress.shards))
 
     def _keep_traceback(self, error: BaseException) -> str:
         """Writes what a worker raised last to a file of the run directory; returns the words that say so, none where it raised nothing."""
@@ -675,8 +663,7 @@ class Supervisor:
         self._fruitless[node_id] = self._fruitless.get(node_id, 0) + 1
         if self._fruitless[node_id] < _MAX_FRUITLESS or not self._progress.actors:
             return False
-        if self._fruitless[node_id] == _MAX_FRUITLESS:
-            self._placement.avoid(node_id)
+        if self._placement.avoid(node_id):
             host = self._nodes[node_id].host if node_id in self._nodes else node_id[:8]
             self._recorder.event(
                 f"{host} gets no more actors: {_MAX_FRUITLESS} died there before they did anything ({one_line(error)})"

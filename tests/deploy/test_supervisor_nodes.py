@@ -175,7 +175,7 @@ def test_a_slot_that_lost_its_node_once_is_not_excused_for_what_comes_later(flee
 def test_a_node_on_which_no_actor_lives_gets_no_more_of_them_while_others_act(fleet):
     """Kills: one machine with a broken installation that ends the whole run, since it always has room."""
     avoided = []
-    fleet.tested._placement.avoid = avoided.append
+    fleet.tested._placement.avoid = lambda node_id: avoided.append(node_id) or True
     fleet.place(0, fleet.nodes[0])
     fleet.answer(actor0=stats(0, 0, 5))
     bad = fleet.nodes[1]
