@@ -18,6 +18,7 @@ from deploy.run_dir import is_running, read_config, write_json
 
 _IDLE = 0.2  # From this part of its time on, a learner that waits is worth a sentence.
 _HELD = 0.15  # And actors that the limiter holds back although the learner waits.
+_WAITING = 0.3  # An actor that waits for answers for this part of its time; looking whether they are there takes some of it anyway.
 _BUSY = 0.7  # A shard that is busy for this part answers late: its queue is 1 / (1 - busy) calls long.
 _FULL = 0.93  # A host whose processors are busy for this part has no room for more.
 _LATE = 0.3  # The part of its time that a role is ready and has no processor, from which on processors are what is missing.
@@ -229,7 +230,7 @@ def _slow_actors(window: Window, config: RunConfig, prefix: str) -> Finding:
     parts = {phase: window.mean(f"actor/{phase}_fraction") for phase in _PHASES["actor"]}
     host, late = window.mean("host/cpu_fraction"), window.mean("actor/delay_fraction")
     steps = f"actors bring {window.mean('actor/env_steps_per_second'):,.0f} steps/s"
-    if parts["push_wait"] >= _HELD:
+    if parts["push_wait"] >= _WAITING:
         busy, p95 = window.mean("shard/busy_fraction_max"), window.mean("actor/answer_p95_seconds_max")
         shard = window.most_common("shard/busiest_index")
         if busy >= _BUSY:
