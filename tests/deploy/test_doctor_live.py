@@ -46,6 +46,8 @@ BOTTLENECKS = {
     ),
 }
 
+QUICK = ("shard", "learner-bound")  # The others are slow tests: each takes half a minute of a quiet machine.
+
 
 @pytest.fixture
 def start(tmp_path):
@@ -80,7 +82,7 @@ def learn_for(run, seconds):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("name", BOTTLENECKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in BOTTLENECKS])
 def test_a_bottleneck_is_named_with_the_flag_to_change(start, tmp_path, name):
     kind, words, expected, sentence, flag = BOTTLENECKS[name]
     run = start(kind, *words, *QUIET)
@@ -95,7 +97,7 @@ def test_a_bottleneck_is_named_with_the_flag_to_change(start, tmp_path, name):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("name", HEALTHY)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in HEALTHY])
 def test_a_healthy_run_gets_no_false_alarm(start, tmp_path, name):
     run = start("none", *HEALTHY[name], *QUIET)
     learn_for(run, SECONDS + 3)
@@ -105,6 +107,7 @@ def test_a_healthy_run_gets_no_false_alarm(start, tmp_path, name):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_stuck_actor_is_named(start, tmp_path):
     run = start("none", "cartpole", *WIDE, "--actors.num-actors", "2", *QUIET)
     learn_for(run, 3)
@@ -123,6 +126,7 @@ def test_a_stuck_actor_is_named(start, tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_an_object_store_that_spills_is_named(start, tmp_path):
     words = ["pong", "--learner.batch-size", "512", "--learner.prefetch-batches", "16", "--replay.samples-per-insert", "None"]
     words += ["--replay.no-send-compressed", "--replay.min-size", "3000", "--object-store-memory", "80MiB"]
