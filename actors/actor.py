@@ -26,6 +26,7 @@ from common.metrics import ActorStats, PushCounts
 from common.networks import QNetwork
 from common.priorities import priority
 from common.protocols import ParamsReader, ReplayWriter
+from common.timing import PhaseClock, usage
 from common.value_rescaling import IDENTITY_PAIR, SIGNED_HYPERBOLIC_PAIR
 
 _KEPT_STATS = ("env_steps", "sent", "params_epoch", "params_version", "epsilon")
@@ -63,6 +64,7 @@ class Actor:
         self._replay, self._params = replay, params
         self._run, self._slot, self._incarnation = run, slot, incarnation
         self._priority_floor = priority_floor
+        self._clock = PhaseClock()
         seeds = np.random.SeedSequence([seed, slot, incarnation])
         self._rng = np.random.default_rng(seeds)
         self._noise_generator = torch.Generator().manual_seed(int(seeds.spawn(1)[0].generate_state(1, np.uint64)[0]))
@@ -76,7 +78,8 @@ class Actor:
             reward_clip=config.reward_clip,
             terminal_reward=config.terminal_reward,
         )
-        self._chunks = [ChunkBuilder(spec, history=config.n_step + spec.frame_stack + 4) for _ in range(num_envs)]
+        history = config.n_step + spec.frame_stack + 4
+        self._chunks = [ChunkBuilder(spec, history=history, clock=self._clock) for _ in range(num_envs)]
         self._pending: tuple[Transitions, Array, dict[int, float]] | None = None
         self._outbox: deque[TransitionChunk] = deque()
         self._num_packed_chunks = 0
@@ -130,7 +133,8 @@ class Actor:
         """Sends the chunks that are ready; returns whether all are sent and replay may be given more."""
         while True:
             since = time.monotonic()
-            waits_for = self._replay.wait_until_ready(timeout_seconds)
+            with self._clock("push_wait"):
+                waits_for = self._replay.wait_until_ready(timeout_seconds)
             self._stats.waiting_seconds += time.monotonic() - since
             if waits_for is not None:
                 self._stats.waits_for = waits_for
@@ -139,7 +143,8 @@ class Actor:
                 return True
             chunk = self._outbox.popleft()
             self._stats.sent += chunk.num_transitions
-            self._replay.push(chunk)
+            with self._clock("push"):
+                self._replay.push(chunk)
 
     def step(self) -> None:
         """Acts once in every environment."""
@@ -148,13 +153,21 @@ class Actor:
         if self._published is not None:
             self._age_seconds += time.monotonic() - self._published
             self._num_aged_steps += 1
-        if self._network.num_noise:
-            self._noise = self._network.draw_noise(self._environment.num_envs, self._noise_generator)
-        values = self._values(self._stacks, self._noise)
-        self._finish_pending(values)
+        with self._clock("inference"):
+            if self._network.num_noise:
+                self._noise = self._network.draw_noise(self._environment.num_envs, self._noise_generator)
+            values = self._values(self._stacks, self._noise)
+        with self._clock("n_step"):
+            self._finish_pending(values)
         epsilon = self._epsilon()
         actions = epsilon_greedy(self._rng, values, epsilon)
-        result = self._environment.step(actions)
+        with self._clock("env"):
+            result = self._environment.step(actions)
+        with self._clock("n_step"):
+            self._take_result(result, values, actions, epsilon)
+
+    def _take_result(self, result: Step, values: Array, actions: Array, epsilon: Array) -> None:
+        """Takes in what a step gave: transitions wait for the values of the next step, which are their destinations'."""
         if self._actions is not None:
             self._actions += actions.astype(np.int16).tobytes()
         self._num_steps += 1
@@ -191,7 +204,13 @@ class Actor:
         returns, self._returns = self._returns, []
         age = self._age_seconds / self._num_aged_steps if self._num_aged_steps else math.nan
         self._age_seconds, self._num_aged_steps = 0.0, 0
-        return replace(self._stats, returns=returns, pushed=self._replay.counts(), params_age_seconds=age)
+        return replace(
+            self._stats,
+            returns=returns,
+            pushed=self._replay.counts(),
+            params_age_seconds=age,
+            usage=usage([self._clock]),
+        )
 
     def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Returns all that a restart needs to go on with the very same bits: arrays by name, and plain values.
@@ -261,11 +280,12 @@ class Actor:
             self._pending = transitions, np.array(arrays["pending_first"]), dict(values["pending"])
 
     def _pull_params(self) -> None:
-        message = self._params.poll(self._stats.params_epoch, self._stats.params_version)
-        if message is None:
-            return
-        snapshot = wire.unpack(message, ParamsSnapshot)
-        params_module.load(self._network, snapshot)
+        with self._clock("pull"):
+            message = self._params.poll(self._stats.params_epoch, self._stats.params_version)
+            if message is None:
+                return
+            snapshot = wire.unpack(message, ParamsSnapshot)
+            params_module.load(self._network, snapshot)
         self._stats.params_epoch, self._stats.params_version = snapshot.epoch, snapshot.version
         age = self._params.age_seconds()
         self._published = None if age is None else time.monotonic() - age

@@ -10,6 +10,7 @@ import numpy as np
 from common.config import EnvSpec
 from common.messages import Array
 from common.planes import codec_of, encode_block, join_blocks, planes_per_block
+from common.timing import PhaseClock
 
 
 class ChunkBuilder:
@@ -23,8 +24,10 @@ class ChunkBuilder:
     back those reach.
     """
 
-    def __init__(self, spec: EnvSpec, *, history: int) -> None:
+    def __init__(self, spec: EnvSpec, *, history: int, clock: PhaseClock | None = None) -> None:
+        """`clock` counts as `compress` what encoding takes."""
         self._spec, self._codec = spec, codec_of(spec.plane_dtype)
+        self._clock = clock or PhaseClock()
         self._history = history
         self._per_block = planes_per_block(spec.plane_shape, spec.plane_dtype)
         self._blocks: list[bytes] = []
@@ -57,7 +60,7 @@ class ChunkBuilder:
         self._open[row] = plane
         self._num_planes += 1
         if row + 1 == self._per_block:
-            self._blocks.append(encode_block(self._open, self._codec))
+            self._blocks.append(self._encode())
             self._open[:] = 0
 
     def add_transition(
@@ -80,7 +83,7 @@ class ChunkBuilder:
         first_block, last_block = int(stacks.min()) // self._per_block, int(stacks.max()) // self._per_block
         held = self._blocks[first_block - self._first_block : last_block + 1 - self._first_block]
         if last_block == self._first_block + len(self._blocks):
-            held.append(encode_block(self._open, self._codec))
+            held.append(self._encode())
         offsets, data = join_blocks(held)
         references = stacks - first_block * self._per_block
         self._rows.clear()
@@ -121,6 +124,10 @@ class ChunkBuilder:
         rows = zip(state["rows"].tolist(), state["scalars"].tolist(), strict=True)
         self._rows = [(*row, *scalars) for row, scalars in rows]
         self._first_block, self._num_planes, self._num_planes_sent = state["counts"].tolist()
+
+    def _encode(self) -> bytes:
+        with self._clock("compress"):
+            return encode_block(self._open, self._codec)
 
     def _forget(self) -> None:
         oldest_block = max(self._num_planes - self._history, 0) // self._per_block

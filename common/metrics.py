@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from common.timing import Usage
+
 
 @dataclass(kw_only=True, slots=True)
 class PushCounts:
@@ -18,6 +20,8 @@ class PushCounts:
     refused: int = 0
     lost: dict[str, int] = field(default_factory=dict)
     """By cause."""
+    answer_p95_seconds: float = math.nan
+    """Of the slowest shard: from the sending of a chunk until its answer is looked at, since the last counts; NaN: no answers."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,6 +47,8 @@ class ActorStats:
     waits_for: str | None = None
     waiting_seconds: float = 0.0
     """Time spent waiting for replay since the start."""
+    usage: Usage | None = field(default=None, compare=False)
+    """Phases: pull, inference, env, n_step, compress, push, push_wait."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,6 +79,12 @@ class LearnerStats:
     """The same, exceeded by one in a hundred."""
     checkpoint_pause_seconds: float = math.nan
     """The longest such interval while a checkpoint was copied and written that came to its end since the last report."""
+    answer_p95_seconds: dict[int, float] = field(default_factory=dict)
+    """By shard, from a request until its answer is collected, since the last report: requests lie in a shard's queue meanwhile."""
+    usage: Usage | None = field(default=None, compare=False)
+    """Phases: wait, update, report, publish, save."""
+    prefetch_usage: Usage | None = field(default=None, compare=False)
+    """Phases of the prefetch threads: turn (another one collects), collect (shards answer), held (shards may not answer yet), unpack, transfer."""
 
 
 UNANSWERED = "unanswered at the end"
@@ -150,6 +162,8 @@ class ShardStats:
     """Transitions that had been inserted and did not come back after a restart, by cause; they count as inserted no more."""
     log: LogStats | None
     """None: there is no durable log."""
+    usage: Usage | None = field(default=None, compare=False)
+    """Phases: insert, sample, priorities, save."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,8 +11,10 @@ from typing import Any
 
 from common.config import RunConfig, as_dict
 from common.metrics import ActorStats, EvaluationResult, LearnerStats, ShardStats, StoreStats
+from common.timing import Usage
 from deploy.ledger import Ledger
 from deploy.params_watch import ParamsWatch
+from deploy.usage import UsageRates
 
 _RECENT_EPISODES = 20
 _LOG_COUNTS = {
@@ -74,6 +76,9 @@ class Progress:
         self._evaluation_is_new = False
         self._evaluation_began = (0.0, 0)
         self._previous: dict[str, float] = {}
+        self._usage_rates = UsageRates()
+        self.object_store: tuple[int, int] | None = None
+        """Bytes that Ray's object stores hold, and that they ever spilled to disk; None: not known."""
 
     @property
     def env_steps(self) -> int:
@@ -253,9 +258,12 @@ class Progress:
             row |= _mean_and_max("actor/params_age_seconds", [stats.params_age_seconds for stats in self.actors.values()])
             waiting = sum(stats.waiting_seconds for stats in self.actors.values())
             row["actor/waiting_fraction"] = self._rate("actor_waiting", waiting / len(self.actors), seconds)
+            row |= _mean_and_max(
+                "actor/answer_p95_seconds", [stats.pushed.answer_p95_seconds for stats in self.actors.values()]
+            )
         if self.returns:
             row["actor/training_return_mean"] = _mean(list(self.returns))
-        row |= self._learner_row(seconds) | self._shard_row() | self._waits_row(seconds) | self._store_row()
+        row |= self._learner_row(seconds) | self._shard_row() | self._waits_row(seconds) | self._usage_row() | self._store_row()
         if self.evaluation is not None and self._evaluation_is_new:
             self._evaluation_is_new = False
             row["evaluator/return_mean"] = self.evaluation.mean_return
@@ -308,6 +316,37 @@ class Progress:
                 for name, field in _LOG_COUNTS.items()
             },
         }
+
+    def _usage_row(self) -> dict[str, Any]:
+        """Where the time of each role went."""
+        rates = self._usage_rates
+        shards: dict[tuple[int, ...], Usage | None] = {
+            (shard.shard_index, shard.shard_epoch): shard.usage for shard in self.shards
+        }
+        busy = {key[0]: sum(i.phases.values()) / i.at for key, i in rates.intervals("busy shard", shards).items()}
+        row = rates.of_role("actor", {(slot, stats.incarnation): stats.usage for slot, stats in self.actors.items()})
+        row |= rates.of_role("shard", shards)
+        if busy:
+            busiest = max(busy, key=lambda index: busy[index])
+            row |= _mean_and_max("shard/busy_fraction", busy.values()) | {"shard/busiest_index": busiest}
+        if self.learner is not None:
+            row |= rates.of_role("learner", {(self.epoch,): self.learner.usage})
+            row |= rates.of_role("prefetch", {(self.epoch,): self.learner.prefetch_usage})
+            known = {shard: p95 for shard, p95 in self.learner.answer_p95_seconds.items() if not _is_nan(p95)}
+            if known:
+                slowest = max(known, key=lambda shard: known[shard])
+                row |= {
+                    "learner/answer_p95_seconds_max": known[slowest],
+                    "learner/slowest_shard": slowest * self.config.learner.num_devices,
+                }
+        for name in ("prefetch/cpu_cores", "prefetch/delay_fraction"):  # Of the learner's process and thread, told there.
+            row.pop(name, None)
+        if self.config.serial:  # One process and one thread are all roles.
+            row = {name: value for name, value in row.items() if not name.endswith(("/cpu_cores", "/delay_fraction"))}
+        row["host/cpu_fraction"] = rates.host_cpu_fraction()
+        if self.object_store is not None:
+            row["object_store/used_bytes"], row["object_store/spilled_bytes"] = self.object_store
+        return row
 
     def _waits_row(self, seconds: float) -> dict[str, Any]:
         """Parts of the time for which the limiters held actors and learner back, mean over the shards."""

@@ -6,6 +6,7 @@ A handle is made in the driver, pickled to a worker and used there by one thread
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import time
@@ -22,6 +23,7 @@ from common import wire
 from common.messages import Array, TransitionChunk
 from common.metrics import UNANSWERED, PushCounts
 from common.protocols import InsertReply, SampleReply
+from common.timing import Latencies
 
 _POLL_SECONDS = 0.02
 _AWAY_POLL_SECONDS = 1.0
@@ -99,6 +101,8 @@ class _Sent(NamedTuple):
     num_transitions: int
     identity: tuple[int, int, int]
     """(actor slot, incarnation, seq)."""
+    at: float
+    """When, on the monotonic clock."""
 
 
 class RayReplayWriter:
@@ -120,6 +124,7 @@ class RayReplayWriter:
         self._ask_again_at = [0.0] * len(shards)
         self._asked: dict[Any, int] = {}  # By reference: shards that were asked whether they take more.
         self._counts = PushCounts()
+        self._latencies = [Latencies() for _ in shards]
 
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         deadline = time.monotonic() + timeout_seconds
@@ -142,12 +147,13 @@ class RayReplayWriter:
             self._next = (self._next + 1) % len(self._shards)
         reference = self._shards[self._next].call.remote("insert", wire.pack(chunk))
         identity = (chunk.actor_slot, chunk.incarnation, chunk.seq)
-        self._in_flight[reference] = _Sent(self._next, chunk.num_transitions, identity)
+        self._in_flight[reference] = _Sent(self._next, chunk.num_transitions, identity, time.monotonic())
         self._num_in_flight[self._next] += 1
         self._next = (self._next + 1) % len(self._shards)
 
     def counts(self) -> PushCounts:
-        return replace(self._counts, lost=dict(self._counts.lost))
+        known = [p95 for latencies in self._latencies if not math.isnan(p95 := latencies.take_p95())]
+        return replace(self._counts, lost=dict(self._counts.lost), answer_p95_seconds=max(known, default=math.nan))
 
     def drain(self, timeout_seconds: float) -> None:
         """Waits for the answers to all chunks in flight; those that do not come in time are counted as lost."""
@@ -191,6 +197,7 @@ class RayReplayWriter:
                 self._unknown.append(sent)
             self._mark_away(shard)
             return
+        self._latencies[shard].add(time.monotonic() - sent.at)
         self._counts.inserted += reply.num_inserted
         self._counts.refused += reply.num_refused
         self._lose(f"shard {shard} could not read a chunk", sent.num_transitions - reply.num_inserted - reply.num_refused)

@@ -17,6 +17,7 @@ from typing import IO, Any, NamedTuple
 
 import psutil
 import ray
+from ray._private import internal_api
 from ray.exceptions import RayError
 
 from common.config import RunConfig
@@ -80,6 +81,19 @@ def leaving_nodes() -> set[str]:
         return set(ray._private.state.state.get_draining_nodes())
     except (AttributeError, RayError):
         return set()
+
+
+def object_store() -> tuple[int, int] | None:
+    """Returns the bytes that the nodes' object stores hold, and those that they ever spilled to disk; None where Ray does not say.
+
+    What Ray has for it is private.
+    """
+    try:
+        state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)  # type: ignore[no-untyped-call]
+        stats = internal_api.get_memory_info_reply(state, timeout_seconds=_CONNECT_SECONDS).store_stats  # type: ignore[no-untyped-call]
+        return stats.object_store_bytes_used, stats.spilled_bytes_total
+    except Exception:  # grpc's errors, and whatever else a private call raises in another version.
+        return None
 
 
 def make_temp_dir() -> str:

@@ -33,7 +33,7 @@ from deploy.progress import Progress
 from deploy.ray_errors import one_line
 from deploy.ray_handles import NotBuiltError, RayReplayReader, RayReplayWriter, Worker, WorkerAddress, end_worker
 from deploy.ray_params import RayParamsReader, RayParamsWriter
-from deploy.ray_session import Node, leaving_nodes, make_temp_dir, nodes, start_ray
+from deploy.ray_session import Node, leaving_nodes, make_temp_dir, nodes, object_store, start_ray
 from deploy.recorder import Recorder
 from deploy.replay_logs import ReplayLogs, ShardStart
 from deploy.restart_policy import MAX_DEATHS, WINDOW_SECONDS, RestartPolicy
@@ -355,6 +355,7 @@ class Supervisor:
                     next_row = now + config.log_period_seconds
                     self._adjust()
                     self._tell_faults()
+                    self._progress.object_store = object_store()
                     self._record()
                 if self._export is not None:
                     self._export.tell()

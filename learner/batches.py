@@ -10,6 +10,7 @@ import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from common.errors import WireError
 from common.messages import Array, PriorityUpdate, SampleBatch
 from common.priorities import importance_weights
 from common.protocols import ReplayReader
+from common.timing import Latencies, PhaseClock, Usage, usage
 from learner.inputs import Transfer
 from learner.unpack import unpack_stacks
 
@@ -66,8 +68,10 @@ def shares(batch_size: int, num_shards: int) -> list[int]:
     return [batch_size // num_shards + (i < batch_size % num_shards) for i in range(num_shards)]
 
 
-def merge(parts: Sequence[SampleBatch], *, importance_exponent: float, transfer: Transfer) -> Batch:
-    """Merges the shards' parts into one batch.
+def merge(
+    parts: Sequence[SampleBatch], *, importance_exponent: float, transfer: Transfer, clock: PhaseClock | None = None
+) -> Batch:
+    """Merges the shards' parts into one batch; `clock` counts as `transfer` what bringing it to the device takes.
 
     An item of shard s is drawn with (share of the batch asked of s) * (its probability there), and one table of all items
     would draw it with (its priority over the mass of all shards); the importance weights know both, use the items of all shards
@@ -84,7 +88,7 @@ def merge(parts: Sequence[SampleBatch], *, importance_exponent: float, transfer:
     def joined(name: str, dtype: type) -> Tensor:
         return transfer.scalars(np.concatenate([getattr(part, name) for part in parts]).astype(dtype))
 
-    with transfer.on_stream():
+    with (clock or PhaseClock())("transfer"), transfer.on_stream():
         s_tm1, s_t = (transfer.observations(half) for half in stacks)
         return Batch(
             s_tm1=s_tm1,
@@ -143,6 +147,9 @@ class BatchSource:
         self._threads: list[threading.Thread] = []
         self._collecting = threading.Lock()  # For the readers, the parts and what is told below.
         self._parts: list[SampleBatch | None] = [None] * len(readers)
+        self._asked: list[deque[float]] = [deque() for _ in readers]  # When, for each request under way.
+        self._latencies = [Latencies() for _ in readers]
+        self._clocks = [PhaseClock() for _ in range(max(prefetch_threads, 1))]
         self.num_dropped_batches = 0
         self.last_fault: str | None = None
         self.waits_for: str | None = None
@@ -150,7 +157,8 @@ class BatchSource:
 
     def start(self) -> None:
         self._threads = [
-            threading.Thread(target=self._fill, name=f"prefetch{i}", daemon=True) for i in range(self._prefetch_threads)
+            threading.Thread(target=self._fill, args=(self._clocks[i],), name=f"prefetch{i}", daemon=True)
+            for i in range(self._prefetch_threads)
         ]
         for thread in self._threads:
             thread.start()
@@ -165,10 +173,18 @@ class BatchSource:
     def num_ready(self) -> int:
         return self._queue.qsize()
 
+    def usage(self) -> Usage:
+        """Returns where the time of the prefetch threads went."""
+        return usage(self._clocks)
+
+    def answer_p95_seconds(self) -> dict[int, float]:
+        """Returns, by reader, the time from a request until its answer is collected, since the last call; NaN: no answers."""
+        return {index: latencies.take_p95() for index, latencies in enumerate(self._latencies)}
+
     def next_batch(self, timeout_seconds: float) -> Batch | None:
         """Returns a batch, or None where none came within the timeout; `waits_for` says why."""
         if not self._threads:
-            return self._draw(timeout_seconds)
+            return self._draw(timeout_seconds, self._clocks[0])
         try:
             item = self._queue.get(timeout=timeout_seconds)
         except queue.Empty:
@@ -194,10 +210,10 @@ class BatchSource:
             update = PriorityUpdate(shard_index=shard_index, shard_epoch=shard_epoch, item_id=item_id, priority=part)
             reader.update_priorities(wire.pack(update))
 
-    def _fill(self) -> None:
+    def _fill(self, clock: PhaseClock) -> None:
         try:
             while not self._stopping.is_set():
-                batch = self._draw(0.2)
+                batch = self._draw(0.2, clock)
                 while batch is not None and not self._stopping.is_set():
                     try:
                         self._queue.put(batch, timeout=0.2)
@@ -213,19 +229,25 @@ class BatchSource:
             while True:
                 self._queue.get_nowait()
 
-    def _draw(self, timeout_seconds: float) -> Batch | None:
-        with self._collecting:
-            parts = self._collect_all(timeout_seconds)
+    def _draw(self, timeout_seconds: float, clock: PhaseClock) -> Batch | None:
+        with clock("turn"):
+            self._collecting.acquire()
+        try:
+            with clock("collect"):
+                parts = self._collect_all(timeout_seconds, clock)
+        finally:
+            self._collecting.release()
         if parts is None:
             return None
         try:
-            return merge(parts, importance_exponent=self.importance_exponent, transfer=self._transfer)
+            with clock("unpack"):
+                return merge(parts, importance_exponent=self.importance_exponent, transfer=self._transfer, clock=clock)
         except WireError as error:
             with self._collecting:
                 self._drop(f"a batch cannot be unpacked: {error}")
             return None
 
-    def _collect_all(self, timeout_seconds: float) -> list[SampleBatch] | None:
+    def _collect_all(self, timeout_seconds: float, clock: PhaseClock) -> list[SampleBatch] | None:
         """Returns every shard's part, asking again where a shard had none, or None after the timeout."""
         deadline = time.monotonic() + timeout_seconds
         pause = _SHORTEST_PAUSE_SECONDS
@@ -241,16 +263,20 @@ class BatchSource:
                 return parts
             if time.monotonic() + pause > deadline or self._stopping.is_set():
                 return None
-            time.sleep(pause)
+            with clock("held"):
+                time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _collect(self, index: int, reader: ReplayReader, depth: int, timeout_seconds: float) -> None:
         while reader.num_requested() < depth:
             reader.request(self._num_items[index])
+            self._asked[index].append(time.monotonic())
         reply = reader.collect(timeout_seconds)
         if reply is None:
             self.waits_for = f"the learner waits for shard {index} to answer"
-        elif reply.batch is None:
+            return
+        self._latencies[index].add(time.monotonic() - self._asked[index].popleft())
+        if reply.batch is None:
             self.waits_for = reply.waits_for
         else:
             try:

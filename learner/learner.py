@@ -24,6 +24,7 @@ from common.metrics import LearnerStats
 from common.networks import QNetwork
 from common.priorities import priority
 from common.protocols import ParamsWriter, ReplayReader
+from common.timing import PhaseClock, usage
 from learner import checkpoint as checkpoints
 from learner.batches import Batch, BatchSource
 from learner.collective import Agreement, LearnerGroup
@@ -81,6 +82,7 @@ class Learner:
             prefetch_threads=min(torch.get_num_threads(), MAX_PREFETCH_THREADS),
             transfer=self._update.transfer,
         )
+        self._clock = PhaseClock()
         self._batch: Batch | None = None  # Fetched, and not learned from yet: another rank had none.
         self._reports: deque[_Report] = deque()
         self._num_late = 1 if device.type == "cuda" else 0
@@ -124,6 +126,10 @@ class Learner:
 
     def publish(self) -> None:
         """Publishes the parameters of `config.publish_params` as version `updates`."""
+        with self._clock("publish"):
+            self._publish()
+
+    def _publish(self) -> None:
         self._settle()
         network = self._target if self._config.publish_params == "target" else self._online
         snapshot = ParamsSnapshot(
@@ -181,6 +187,8 @@ class Learner:
             stats.checkpoint_pause_seconds, self._pause = self._pause, None
         stats.num_ready_batches = self._source.num_ready()
         stats.num_dropped_batches, stats.last_fault = self._source.num_dropped_batches, self._source.last_fault
+        stats.answer_p95_seconds = self._source.answer_p95_seconds()
+        stats.usage, stats.prefetch_usage = usage([self._clock]), self._source.usage()
         if self._saving is not None and self._saving.done():
             error = self._saving.exception()
             fault = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
@@ -208,6 +216,10 @@ class Learner:
         """
         if self._saving is not None and not self._saving.done():
             return
+        with self._clock("save"):
+            self._begin_save(run, tensors)
+
+    def _begin_save(self, run: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Array]]) -> None:
         self._settle()
         for name, parameter in self._online.named_parameters():
             if not torch.isfinite(parameter).all():
@@ -275,7 +287,8 @@ class Learner:
         """Returns the batch that is at hand, or waits for one."""
         stats, started = self._stats, time.monotonic()
         if self._batch is None:
-            self._batch = self._source.next_batch(timeout_seconds)
+            with self._clock("wait"):
+                self._batch = self._source.next_batch(timeout_seconds)
             stats.waits_for = self._source.waits_for if self._batch is None else None
         if self._batch is None:
             self._read_reports(0)  # The shards need not wait for priorities that are there.
@@ -288,7 +301,8 @@ class Learner:
         if self._group is None:
             return Agreement(wants, weight_scale)
         started = time.monotonic()
-        agreed = self._group.agree(wants, weight_scale)
+        with self._clock("wait"):
+            agreed = self._group.agree(wants, weight_scale)
         self._stats.waiting_seconds += time.monotonic() - started
         if batch is not None:
             self._stats.waits_for = None if agreed.weight_scale is not None else "the learner waits for a batch of another rank"
@@ -298,15 +312,17 @@ class Learner:
         """Does one update with the batch that was fetched."""
         stats, started = self._stats, time.monotonic()
         self._batch = None
-        results = self._update.gradients(batch, weight_scale)
-        self._reports.append(_Report(batch, *self._update.report(results)))
-        self._read_reports(self._num_late)
-        self._update.apply()
+        with self._clock("update"):
+            results = self._update.gradients(batch, weight_scale)
+            self._reports.append(_Report(batch, *self._update.report(results)))
+            self._read_reports(self._num_late)
+            self._update.apply()
         stats.updates += 1
         stats.samples += self._config.batch_size
         # Not below 0: after a restart from a checkpoint, actors have acted with versions that are yet to come.
         stats.params_lag_updates = max(stats.updates - batch.mean_params_version, 0.0)
-        self._update.update_target(stats.updates)
+        with self._clock("update"):
+            self._update.update_target(stats.updates)
         self._anneal()
         if stats.updates % self._config.publish_period_updates == 0 and self._is_first:
             self.publish()
@@ -342,18 +358,22 @@ class Learner:
     def _read_reports(self, num_left: int) -> None:
         """Takes in what updates have told, but for the newest `num_left`; raises NonFiniteError."""
         while len(self._reports) > num_left:
-            batch, values, event = self._reports.popleft()
-            if event is not None:
-                event.synchronize()
-            *td_error, loss, value, grad_norm = values.numpy()
-            if not (np.isfinite(loss) and np.isfinite(grad_norm)):
-                what = f"the loss is {loss}" if not np.isfinite(loss) else f"the gradient norm is {grad_norm}"
-                self._save_bad_batch(batch, what)
-            self._losses.append(float(loss))
-            self._stats.mean_value, self._stats.grad_norm = float(value), float(grad_norm)
-            if self._is_prioritized:
-                priorities = priority(np.asarray(td_error), floor=self._config.priority_floor)
-                self._source.update_priorities(batch, priorities)
+            with self._clock("report"):
+                self._read_report()
+
+    def _read_report(self) -> None:
+        batch, values, event = self._reports.popleft()
+        if event is not None:
+            event.synchronize()
+        *td_error, loss, value, grad_norm = values.numpy()
+        if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+            what = f"the loss is {loss}" if not np.isfinite(loss) else f"the gradient norm is {grad_norm}"
+            self._save_bad_batch(batch, what)
+        self._losses.append(float(loss))
+        self._stats.mean_value, self._stats.grad_norm = float(value), float(grad_norm)
+        if self._is_prioritized:
+            priorities = priority(np.asarray(td_error), floor=self._config.priority_floor)
+            self._source.update_priorities(batch, priorities)
 
     def _settle(self) -> None:
         """Waits until all updates are done and found right: before parameters leave the learner."""

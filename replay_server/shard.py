@@ -22,6 +22,7 @@ from common.messages import Array, PriorityUpdate, SampleBatch, TransitionChunk
 from common.metrics import SenderCount, ShardStats
 from common.planes import check_blocks, codec_of, decode_planes, planes_per_block
 from common.protocols import InsertReply, SampleReply
+from common.timing import PhaseClock, usage
 from replay_server.limiter import RateLimiter
 from replay_server.replay_log import Priorities, Record, ReplayLog
 from replay_server.storage import SegmentStore
@@ -77,6 +78,7 @@ class ReplayShard:
         self._send_compressed = send_compressed
         self._limiter = RateLimiter(min_size, samples_per_insert, limiter_buffer_samples, capacity=capacity)
         self._rng = np.random.default_rng(seed)
+        self._clock = PhaseClock()
         self._log = log
         if log is not None:
             log.state = lambda: msgpack.packb(self.state())
@@ -103,6 +105,10 @@ class ReplayShard:
 
         Keeps no view of `message`. The limiter does not refuse: the reply says where actors should pause.
         """
+        with self._clock("insert"):
+            return self._insert(message)
+
+    def _insert(self, message: Array) -> InsertReply:
         chunk: TransitionChunk | None = None
         try:
             chunk = wire.unpack(message, TransitionChunk)
@@ -131,6 +137,10 @@ class ReplayShard:
 
     def sample(self, num_items: int) -> SampleReply:
         """Draws items with replacement, by priority or uniformly, where the limiter allows it."""
+        with self._clock("sample"):
+            return self._sample(num_items)
+
+    def _sample(self, num_items: int) -> SampleReply:
         waits_for = self._named(self._explained(self._limiter.ask_to_sample(num_items, self.size)))
         if waits_for is None and self._tree is not None and self._tree.total() <= 0:
             waits_for = self._named("the learner waits for a transition whose priority is not zero")
@@ -149,6 +159,10 @@ class ReplayShard:
         Items of another epoch or already evicted are dropped and counted. Raises WireError, changing nothing, for an
         update that cannot be read.
         """
+        with self._clock("priorities"):
+            return self._update_priorities(message)
+
+    def _update_priorities(self, message: Array) -> int:
         update = wire.unpack(message, PriorityUpdate)
         if update.shard_index != self._shard_index:
             raise WireError(f"shard_index: {update.shard_index}, but this is shard {self._shard_index}")
@@ -191,6 +205,7 @@ class ReplayShard:
             senders={sender: replace(count) for sender, count in self._senders.items()},
             lost=dict(self._lost),
             log=self._log.stats() if self._log is not None else None,
+            usage=usage([self._clock]),
         )
 
     def state(self) -> dict[str, Any]:
@@ -222,12 +237,13 @@ class ReplayShard:
         Args:
           kept: files of priorities that checkpoints name, and that stay.
         """
-        state = self.state() | {"priorities": None}
-        if self._log is not None:
-            if self._tree is not None:
-                state["priorities"] = self._log.write_priorities(self.priorities(), kept)
-            self._log.sync()
-        return state
+        with self._clock("save"):
+            state = self.state() | {"priorities": None}
+            if self._log is not None:
+                if self._tree is not None:
+                    state["priorities"] = self._log.write_priorities(self.priorities(), kept)
+                self._log.sync()
+            return state
 
     def close(self) -> None:
         """Syncs the log for the last time."""

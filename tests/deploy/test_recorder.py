@@ -57,7 +57,7 @@ def test_on_a_full_disk_rows_are_dropped_which_is_told_once_and_come_again(recor
         def __init__(self, path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def fail(row):
+    def fail(row, degraded):
         recorder._files._rows.write(b'{"half')
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
