@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import time
@@ -105,7 +106,8 @@ def _check_metrics_port(port: int) -> None:
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
-        raise UserError(f"--metrics-port {port}: this port cannot be had ({error.strerror}): give one that is free") from error
+        why = os.strerror(error.errno or 0)
+        raise UserError(f"--metrics-port {port}: this port cannot be had ({why}): give one that is free") from error
 
 
 def _close(
