@@ -21,7 +21,7 @@ ROW_METRICS = {
     "frames": "Emulator frames of those steps.",
     "updates": "Updates of the learner.",
     "samples": "Transitions that the learner has learned from; one that was drawn twice counts twice.",
-    "num_degraded": "What the run does without now: workers that are away, disks that take nothing.",
+    "supervisor/num_degraded": "What the run does without now: workers that are away, disks that take nothing.",
     "actor/env_steps_per_second": "Steps a second of all actors.",
     "actor/frames_per_second": "Emulator frames a second of all actors.",
     "actor/num_alive": "Actors that act.",
@@ -169,7 +169,9 @@ class MetricsExport:
 
 
 def _gauge(name: str, description: str, tags: dict[str, str], *more_tags: str) -> Gauge:
-    return Gauge(name, description, (*tags, *more_tags)).set_default_tags(tags)
+    gauge = Gauge(name, description, (*tags, *more_tags))
+    gauge.set_default_tags(tags)
+    return gauge
 
 
 def _shard_values(shard: ShardStats) -> dict[str, float]:

@@ -246,7 +246,7 @@ class Progress:
             "frames": self.frames,
             "updates": self.updates,
             "samples": self.samples,
-            "num_degraded": len(self.degraded()),
+            "supervisor/num_degraded": len(self.degraded()),
         }
         steps_per_second = self._rate("env_steps", self.env_steps, seconds)
         row["actor/env_steps_per_second"] = steps_per_second

@@ -91,7 +91,7 @@ def observe(run, port, server, config):
     def enough_rows():
         return len(run.rows()) > 5
 
-    with_deadline(all_there, 100, lambda: f"{sorted(wanted - {name for name, _, _ in samples(page)})}: {run.text()}")
+    with_deadline(all_there, 180, lambda: f"{sorted(wanted - {name for name, _, _ in samples(page)})}: {run.text()}")
     answers, told, fresh = {}, {}, ()
     if server is not None:
         before = run.rows()[-1]["env_steps"]
