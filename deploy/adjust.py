@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from common.errors import UserError
 from deploy.progress import Progress
 from deploy.recorder import Recorder
 from deploy.roles import limiter_shares
-from deploy.run_dir import RunDirectory, read_config, write_json
+from deploy.run_dir import RunDirectory, is_running, read_config, write_json
 
 _FILES = "adjust-*.json"
 
@@ -44,7 +43,7 @@ def adjust(path: Path, flags: AdjustFlags) -> int:
     if all(value is None for value in asdict(flags).values()):
         raise UserError("qfleet adjust needs something to change: --samples-per-insert, --min-size or --limiter-buffer-samples")
     _adjusted(config, asdict(flags))
-    if not _is_running(path):
+    if not is_running(path):
         raise UserError(
             f"{path}: no qfleet is running there; give the flags to qfleet resume instead, as --replay.samples-per-insert"
         )
@@ -111,12 +110,3 @@ def _adjusted(config: RunConfig, values: dict[str, Any]) -> RunConfig:
         return replace(config, replay=replace(config.replay, **given))
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def _is_running(path: Path) -> bool:
-    with (path / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False

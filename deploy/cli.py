@@ -2,7 +2,7 @@
 
 qfleet train RECIPE [flags]      qfleet resume RUN [flags]          qfleet evaluate RUN [flags]
 qfleet plan RECIPE [flags]       qfleet check-env ENV [flags]       qfleet bench replay|learner [flags]
-qfleet report RUN [RUN ...] [flags]
+qfleet report RUN [RUN ...] [flags] qfleet doctor [RUN] [flags]
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _USAGE = """usage: qfleet train RECIPE [flags]     train; the same command on th
        qfleet resume RUN [flags]       continue a run with its own settings; --from 0000012000 goes on from that checkpoint
        qfleet evaluate RUN [flags]     play a run's last checkpoint: --protocol, --episodes, --json, --video
        qfleet report RUN ... [flags]   one page about one or more runs: scores with intervals, curves, how they ran; --out
+       qfleet doctor [RUN] [flags]     where the time of a run goes, what holds it back, and what to change; --minutes
        qfleet adjust RUN [flags]       change the limiter of a run that is under way: --samples-per-insert, --min-size
        qfleet plan RECIPE [flags]      print what a run will take of this machine, and what to change where it does not fit
        qfleet check-env ENV [flags]    say what is wrong with an environment: MyEnv-v0, module:MyEnv-v0, pong
@@ -43,6 +44,7 @@ _SUBJECTS = {
     "resume": "a run directory",
     "evaluate": "a run directory",
     "report": "a run directory",
+    "doctor": "a run directory",
     "adjust": "a run directory",
     "check-env": "an environment",
     "bench": "what to measure (replay, learner)",
@@ -139,6 +141,10 @@ def _dispatch(words: list[str]) -> int:
     command, *rest = words
     if command not in _SUBJECTS:
         raise UserError(f"unknown command {command!r}{_nearest(command, list(_SUBJECTS))}; qfleet --help lists them")
+    if command == "doctor" and (not rest or (rest[0].startswith("-") and rest[0] not in ("-h", "--help"))):
+        from deploy.doctor import newest_run
+
+        rest = [str(newest_run()), *rest]
     if not rest or rest[0].startswith("-"):
         if rest and rest[0] in ("-h", "--help"):
             print(usage)
@@ -161,6 +167,10 @@ def _dispatch(words: list[str]) -> int:
         more = list(itertools.takewhile(lambda word: not word.startswith("-"), flags))
         chosen_report = _parse(ReportFlags, ReportFlags(), flags[len(more) :], "qfleet report RUN")
         return report([Path(word) for word in [subject, *more]], chosen_report)
+    if command == "doctor":
+        from deploy.doctor import DoctorFlags, doctor
+
+        return doctor(Path(subject), _parse(DoctorFlags, DoctorFlags(), flags, "qfleet doctor RUN"))
     if command == "adjust":
         from deploy.adjust import AdjustFlags, adjust
 
@@ -256,7 +266,7 @@ def _condense(box: str) -> str:
     message = " ".join(lines[rules[0] + 1 : rules[1]]) if len(rules) > 1 else " ".join(lines)
     message = re.sub(r"^Error parsing ", "", message)
     message = re.sub(
-        r"^(RunConfig|EvaluateFlags|BenchReplayFlags|BenchLearnerFlags|CheckEnvFlags|AdjustFlags|ReportFlags|\w+(?=: \w+\.\w)): ",
+        r"^(RunConfig|EvaluateFlags|BenchReplayFlags|BenchLearnerFlags|CheckEnvFlags|AdjustFlags|ReportFlags|DoctorFlags|\w+(?=: \w+\.\w)): ",
         "",
         message,
     )

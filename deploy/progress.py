@@ -332,6 +332,8 @@ class Progress:
         if self.learner is not None:
             row |= rates.of_role("learner", {(self.epoch,): self.learner.usage})
             row |= rates.of_role("prefetch", {(self.epoch,): self.learner.prefetch_usage})
+            if self.learner.prefetch_usage is not None:
+                row["prefetch/num_threads"] = self.learner.prefetch_usage.num_threads
             known = {shard: p95 for shard, p95 in self.learner.answer_p95_seconds.items() if not _is_nan(p95)}
             if known:
                 slowest = max(known, key=lambda shard: known[shard])

@@ -202,6 +202,18 @@ def read_config(path: Path) -> RunConfig:
         raise UserError(f"{path / 'run.json'}: {error}; it was written by another version of qfleet") from error
 
 
+def is_running(path: Path) -> bool:
+    """Whether a process holds the lock of the run at `path`."""
+    try:
+        with (path / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def newest_checkpoint_path(path: Path) -> Path | None:
     """Returns where the newest checkpoint of a run is, or None."""
     found = checkpoints.paths(path / "checkpoints")
