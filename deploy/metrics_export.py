@@ -177,7 +177,7 @@ def _gauge(name: str, description: str, tags: dict[str, str], *more_tags: str) -
 def _shard_values(shard: ShardStats) -> dict[str, float]:
     """Returns the values of SHARD_METRICS."""
     waits = {wait.who: wait.seconds for wait in shard.waits}
-    return {
+    values = {
         "size_transitions": shard.size,
         "resident_bytes": shard.resident_bytes,
         "inserted_transitions": shard.num_inserted,
@@ -186,3 +186,4 @@ def _shard_values(shard: ShardStats) -> dict[str, float]:
         "actors_wait_seconds": waits.get("actors", 0.0),
         "learner_wait_seconds": waits.get("learner", 0.0),
     }
+    return {key: float(value) for key, value in values.items()}
