@@ -20,7 +20,7 @@ _IDLE = 0.2  # From this part of its time on, a learner that waits is worth a se
 _HELD = 0.15  # And actors that the limiter holds back although the learner waits.
 _BUSY = 0.7  # A shard that is busy for this part answers late: its queue is 1 / (1 - busy) calls long.
 _FULL = 0.93  # A host whose processors are busy for this part has no room for more.
-_LATE = 0.15  # The part of its time that a role is ready and has no processor, where processors are what is missing.
+_LATE = 0.3  # The part of its time that a role is ready and has no processor, from which on processors are what is missing.
 _SILENT_SECONDS = 15.0  # For so long somebody must have been away.
 _PHASES = {
     "actor": ("env", "inference", "n_step", "compress", "push", "push_wait", "pull"),
@@ -120,6 +120,8 @@ def diagnose(window: Window, config: RunConfig) -> list[Finding]:
         return found
     if window.mean("learner/wait_fraction") >= _IDLE:
         found.append(_why_idle(window, config))
+    elif window.mean("learner/delay_fraction") >= _LATE and window.mean("host/cpu_fraction") >= _FULL:
+        found.append(_full_cores(window))
     return found
 
 
@@ -190,6 +192,16 @@ def _why_idle(window: Window, config: RunConfig) -> Finding:
             advice=f"--replay.limiter-buffer-samples {4 * config.limiter_buffer_samples}",
         )
     return _slow_actors(window, config, prefix)
+
+
+def _full_cores(window: Window) -> Finding:
+    busy, late = window.mean("host/cpu_fraction"), window.mean("learner/delay_fraction")
+    return Finding(
+        kind="cores",
+        sentence=f"the learner is the limit, and the processors are full ({busy:.0%} busy): it is ready and has none for {late:.0%} of its time",
+        advice="more cores, or less beside it on this machine",
+        is_fault=False,
+    )
 
 
 def _slow_shard(window: Window, config: RunConfig, prefix: str, collecting: float) -> Finding:
