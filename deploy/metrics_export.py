@@ -64,6 +64,7 @@ ROW_METRICS = {
     "learner/slowest_shard": "Index of the shard that answers the learner latest.",
     "learner/cpu_cores": "Cores that the learner's processes use.",
     "learner/delay_fraction": "Part of the time that the learner's thread is ready to run and has no processor.",
+    "prefetch/num_threads": "Prefetch threads of the learner.",
     "prefetch/turn_fraction": "Part of the time of a prefetch thread that it waits for another one to collect, mean over the threads.",
     "prefetch/collect_fraction": "Part of the time of a prefetch thread that it waits for answers of shards, mean over the threads.",
     "prefetch/held_fraction": "Part of the time of a prefetch thread that the limiters hold it back, mean over the threads.",

@@ -77,6 +77,7 @@ class Prometheus:
     """A server that scrapes what a configuration says, on loopback, until it is left."""
 
     def __init__(self, directory, config):
+        program = binary("prometheus")
         self.config = directory / "prometheus.yml"
         self.config.write_text(config)
         self._url = f"127.0.0.1:{free_port()}"
@@ -86,7 +87,7 @@ class Prometheus:
             f"--web.listen-address={self._url}",
         ]
         self._log = (directory / "prometheus.log").open("w+")
-        self._process = subprocess.Popen([binary("prometheus"), *words], stdout=self._log, stderr=subprocess.STDOUT)
+        self._process = subprocess.Popen([program, *words], stdout=self._log, stderr=subprocess.STDOUT)
 
     def query(self, expression, **more):
         """Returns the result of an instant query, or of a range query where `start`, `end` and `step` are given."""
