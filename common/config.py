@@ -630,6 +630,10 @@ class RunConfig:
     address: str | None = None
     """Ray cluster to run on: HOST:PORT of its head, or auto for the one that this machine is a node of. None: a Ray of its own, here."""
 
+    metrics_port: int | None = None
+    """TCP port, on loopback, where a local run's metrics are for a Prometheus to scrape (docs/metrics.md). None: nowhere. A cluster's nodes
+    have ports of their own for it."""
+
     def __post_init__(self) -> None:
         _require_positive("run", self, "max_minutes", "max_updates", "max_env_steps", "log_period_seconds")
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
@@ -642,6 +646,19 @@ class RunConfig:
         )
         _require(
             not (self.serial and self.address is not None), "a serial run is one process: leave out --address, or --serial"
+        )
+        _require(
+            self.metrics_port is None or 1 <= self.metrics_port <= 65_535,
+            f"metrics_port must be in [1, 65535], got {self.metrics_port}",
+        )
+        _require(
+            not (self.serial and self.metrics_port is not None),
+            "a serial run has no Ray that exports metrics: leave out --metrics-port (or say --metrics-port None), or --serial",
+        )
+        _require(
+            not (self.address is not None and self.metrics_port is not None),
+            "a cluster's nodes export metrics themselves, where ray start --metrics-export-port says: leave out --metrics-port (or say "
+            "--metrics-port None), or --address",
         )
         if self.protocol is not None:
             named = self.env.with_protocol(self.protocol)

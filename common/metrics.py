@@ -167,6 +167,21 @@ class ShardStats:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StoreStats:
+    """State of the params store; counts since its start."""
+
+    params_epoch: int
+    """Of what it holds; -1 where it holds nothing."""
+    params_version: int
+    params_age_seconds: float
+    """Since it was published; NaN where it holds nothing."""
+    num_published: int
+    """Versions that it took."""
+    num_answered: int
+    """Times that it told a reader of a version newer than the reader's own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationResult:
     """What summary.json and `qfleet evaluate --json` hold of an evaluation."""
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from common.config import RunConfig, as_dict
-from common.metrics import ActorStats, EvaluationResult, LearnerStats, ShardStats
+from common.metrics import ActorStats, EvaluationResult, LearnerStats, ShardStats, StoreStats
 from common.timing import Usage
 from deploy.ledger import Ledger
 from deploy.params_watch import ParamsWatch
@@ -63,6 +63,7 @@ class Progress:
         self._params_watch = ParamsWatch(None if config.serial else config.actors.params_alarm_seconds)
         self.learner: LearnerStats | None = None
         self.shards: Sequence[ShardStats] = []
+        self.store: StoreStats | None = None
         self.evaluation: EvaluationResult | None = None
         self.evaluated_frames = 0  # Of training, when `evaluation` took its parameters.
         self.returns: deque[float] = deque(counters.get("returns", ()), maxlen=_RECENT_EPISODES)
@@ -245,6 +246,7 @@ class Progress:
             "frames": self.frames,
             "updates": self.updates,
             "samples": self.samples,
+            "supervisor/num_degraded": len(self.degraded()),
         }
         steps_per_second = self._rate("env_steps", self.env_steps, seconds)
         row["actor/env_steps_per_second"] = steps_per_second
@@ -261,7 +263,7 @@ class Progress:
             )
         if self.returns:
             row["actor/training_return_mean"] = _mean(list(self.returns))
-        row |= self._learner_row(seconds) | self._shard_row() | self._waits_row(seconds) | self._usage_row()
+        row |= self._learner_row(seconds) | self._shard_row() | self._waits_row(seconds) | self._usage_row() | self._store_row()
         if self.evaluation is not None and self._evaluation_is_new:
             self._evaluation_is_new = False
             row["evaluator/return_mean"] = self.evaluation.mean_return
@@ -355,6 +357,18 @@ class Progress:
             total = sum(wait.total_seconds for shard in self.shards for wait in shard.waits if wait.who == who)
             row[f"shard/{who}_waiting_fraction"] = self._rate(f"{who}_held_back", total / len(self.shards), seconds)
         return row
+
+    def _store_row(self) -> dict[str, Any]:
+        stats = self.store
+        if stats is None or stats.params_epoch < 0:
+            return {}
+        return {
+            "store/params_epoch": stats.params_epoch,
+            "store/params_version": stats.params_version,
+            "store/params_age_seconds": stats.params_age_seconds,
+            "store/published_versions": stats.num_published,
+            "store/answered_versions": stats.num_answered,
+        }
 
     def _rate(self, name: str, value: float, seconds: float) -> float | None:
         before, self._previous[name] = self._previous.get(name), value

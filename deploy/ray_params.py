@@ -6,6 +6,7 @@ are told a reference and map the one copy on their node, however many they are; 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from ray.exceptions import RayError
 
 from common import wire
 from common.messages import Array, ParamsSnapshot
+from common.metrics import StoreStats
 
 _INLINE_BYTES = 90_000  # Ray carries up to 100 KiB inside an answer.
 _KEPT_VERSIONS = 2
@@ -42,7 +44,8 @@ class RayParamsStore:
     def __init__(self) -> None:
         self._held = (-1, -1)
         self._kept: deque[Any] = deque(maxlen=_KEPT_VERSIONS)
-        self._published = 0.0
+        self._published = math.nan
+        self._num_published = self._num_answered = 0
 
     def publish(self, message: Array) -> None:
         """Takes a snapshot, unless the one held is newer."""
@@ -51,12 +54,24 @@ class RayParamsStore:
             self._held = (snapshot.epoch, snapshot.version)
             self._kept.append(np.array(message) if message.nbytes < _INLINE_BYTES else ray.put(message))
             self._published = time.monotonic()
+            self._num_published += 1
 
     def latest(self, epoch: int, version: int) -> Answer | None:
         """Returns the snapshot if it is newer than (epoch, version), else None."""
         if self._held <= (epoch, version):
             return None
+        self._num_answered += 1
         return Answer(self._kept[-1], time.monotonic() - self._published)
+
+    def stats(self) -> StoreStats:
+        epoch, version = self._held
+        return StoreStats(
+            params_epoch=epoch,
+            params_version=version,
+            params_age_seconds=time.monotonic() - self._published,
+            num_published=self._num_published,
+            num_answered=self._num_answered,
+        )
 
 
 class RayParamsReader:

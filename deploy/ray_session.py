@@ -116,6 +116,7 @@ def start_ray(config: RunConfig, temp_dir: str) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             _temp_dir=temp_dir,
+            _metrics_export_port=config.metrics_port,
         )
     except Exception as error:  # Ray raises bare ones here.
         raise RunFault(f"Ray did not start: {one_line(error)}; is the machine overloaded or out of memory?") from error

@@ -91,8 +91,8 @@ class Recorder:
         self._progress.events.append(f"{_clock(self._progress.wall_seconds)} {text}")
         self._console.print(f"{_clock(self._progress.wall_seconds)}  {text}", markup=False)
 
-    def row(self) -> None:
-        """Writes one row of metrics everywhere."""
+    def row(self) -> dict[str, Any]:
+        """Writes one row of metrics everywhere, and returns it."""
         row = self._row = self._progress.row()
         try:
             self._files = self._files or _Files(self._path)
@@ -104,6 +104,7 @@ class Recorder:
                 self._files = None
         if self._live is None:
             self._console.print(self._line(), markup=False)
+        return row
 
     def close(self) -> None:
         if self._live is not None:

@@ -25,7 +25,15 @@ from learner import checkpoint as checkpoints
 FORMAT_VERSION = 1
 _PACKAGES = ("torch", "ray", "gymnasium", "ale-py", "numpy", "lz4", "msgpack", "safetensors")
 _MUST_AGREE = ("env", "network", "seed", "learner.optimizer")
-_CHANGES_NOTHING = ("max_", "log_period_seconds", "evaluation.", "learner.checkpoint", "object_store_memory", "address")
+_CHANGES_NOTHING = (
+    "max_",
+    "log_period_seconds",
+    "evaluation.",
+    "learner.checkpoint",
+    "object_store_memory",
+    "address",
+    "metrics_port",
+)
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 

@@ -25,6 +25,7 @@ from common.files import write_whole
 from common.metrics import LearnerStats
 from deploy import roles
 from deploy.adjust import take_up_adjustment
+from deploy.metrics_export import MetricsExport
 from deploy.outcome import Outcome, RunFault
 from deploy.placement import Placement
 from deploy.plan import spread_slots
@@ -119,6 +120,7 @@ class Supervisor:
         self._slots = spread_slots(config.actors.num_actors)[:num_workers]
         self._actor_seconds = min(max(_CALL_SECONDS, num_workers / _REPORTS_PER_SECOND), _MAX_CALL_SECONDS)
         self._addresses: dict[str, Any] = {}
+        self._export: MetricsExport | None = None
 
     def run(self) -> Outcome:
         """Runs to the end; Ray is shut down, or left, and its files removed whatever happens. On a cluster `ray_session.attach` comes
@@ -140,6 +142,8 @@ class Supervisor:
 
     def _start(self) -> None:
         config = self._config
+        if config.metrics_port is not None or config.address is not None:
+            self._export = MetricsExport(self._run_dir.run, config.recipe)
         self._stop.install()
         placement = self._placement = Placement(config, self._spec)
         self._nodes = {node.node_id: node for node in nodes()}
@@ -352,7 +356,9 @@ class Supervisor:
                     self._adjust()
                     self._tell_faults()
                     self._progress.object_store = object_store()
-                    self._recorder.row()
+                    self._record()
+                if self._export is not None:
+                    self._export.tell()
             if not self._learns and config.address is not None:  # Its node may never come back.
                 self._recorder.event("the learner is away: the last checkpoint stays the newest")
                 self._drain_actors()
@@ -372,7 +378,7 @@ class Supervisor:
             self._read_shards()
         except (RunFault, RayError):
             return Outcome(stopped_by, fault, digest, None)
-        self._recorder.row()
+        self._record()
         return Outcome(stopped_by, fault, digest, progress.ledger.balance(progress.shards))
 
     def _keep_traceback(self, error: BaseException) -> str:
@@ -496,6 +502,8 @@ class Supervisor:
                 self._progress.away.pop(("store", 0), None)
                 self._recorder.event("the params store is back; the learner publishes again")
                 self._must_publish = True
+            else:
+                self._progress.store = result
         elif role == "evaluator":
             self._on_evaluator(result)
 
@@ -530,7 +538,7 @@ class Supervisor:
             if ("shard", index) not in asked:
                 self._expect(shard.call.remote("stats"), "shard", index, _SILENT_SECONDS)
         if ("store", 0) not in asked:
-            self._expect(self._store.call.remote("latest", self._progress.epoch + 1, 0), "store", 0, _SILENT_SECONDS)
+            self._expect(self._store.call.remote("stats"), "store", 0, _SILENT_SECONDS)
 
     def _on_shard(self, index: int, result: Any) -> None:
         """Takes in how a shard is, or that it is back."""
@@ -590,7 +598,7 @@ class Supervisor:
             f"evaluation of version {result.params_version}: mean return {result.mean_return:.1f} over {result.episodes} episodes "
             f"({result.seconds:.0f} s)"
         )
-        self._recorder.row()
+        self._record()
         target = self._config.evaluation.target_return
         self._target_reached = target is not None and result.mean_return >= target
 
@@ -696,6 +704,7 @@ class Supervisor:
             _end_process(self._addresses.get(f"shard{index}" if role == "shard" else "store"))
         self._progress.away[role, index] = f"{self._name(role, index)} is coming back"
         if role == "store":
+            self._progress.store = None
             self._recorder.event(f"{text}; it begins empty, and actors act on with what they have")
         else:
             self._shard_restarts[index] += 1
@@ -861,6 +870,12 @@ class Supervisor:
         calls = {f"shard {i}": shard.call.remote("stats") for i, shard in enumerate(self._shards)}
         self._progress.shards = [self._answers([call], _ANSWER_SECONDS, name)[0] for name, call in calls.items()]
         self._tell_faults()
+
+    def _record(self) -> None:
+        """Writes a row of metrics, and tells Ray's agent its values where they are scraped."""
+        row = self._recorder.row()
+        if self._export is not None:
+            self._export.take(row, self._progress.shards)
 
     def _tell_faults(self) -> None:
         for sentence in self._progress.new_faults():

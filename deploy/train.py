@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import time
 from dataclasses import asdict
@@ -40,6 +42,8 @@ def train(config: RunConfig, path: Path, checkpoint: str | None = None) -> int:
             plan_cpus(config, run_dirs.num_cpus())
         check_memory(config, spec)
         check_learner(config.learner)
+        if config.metrics_port is not None:
+            _check_metrics_port(config.metrics_port)
     run_dir = run_dirs.open_run(config, path, checkpoint)
     progress = Progress(config, run_dir.meta, last_epoch=run_dir.last_epoch, is_exact=run_dir.may_go_on_exactly(config))
     progress.started = started
@@ -95,6 +99,15 @@ def _attach(config: RunConfig, spec: EnvSpec, path: Path) -> None:
             f"--run-dir {path}: this job runs in a copy of its working directory that Ray removes: give an absolute path on a disk that stays"
         )
     ray_session.attach(config.address)
+
+
+def _check_metrics_port(port: int) -> None:
+    """Raises UserError where this port of loopback cannot be listened on: Ray's agent would end of it, and the run with that."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        why = os.strerror(error.errno or 0)
+        raise UserError(f"--metrics-port {port}: this port cannot be had ({why}): give one that is free") from error
 
 
 def _close(

@@ -30,6 +30,7 @@ sys.stdin.read()
 RAY_DIRECTORY = "/dev/shm/ray"
 """Each host's own. It is short, as Ray's sockets lie in it and their paths may have 107 bytes."""
 RAY_PORT = 6379
+METRICS_PORT = 8080
 
 
 def why_no_hosts():
@@ -158,6 +159,7 @@ class Host:
             *[sys.executable, "-m", "ray.scripts.scripts", "start", *cluster, "--block", "--node-ip-address", self.address],
             *["--num-cpus", num_cpus, "--object-store-memory", object_store_memory, "--temp-dir", RAY_DIRECTORY],
             *["--labels", labels, "--disable-usage-stats", "--include-log-monitor", "false"],
+            *["--metrics-export-port", METRICS_PORT],
         ]
         patience = {
             "RAY_health_check_failure_threshold": "10"

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hosts import METRICS_PORT
 from ray_runs import Run, check_ledger, check_logs, end_all
 
 from common.schedules import ladder
@@ -116,12 +117,22 @@ def leave(run, host):
     goes_on(run)
 
 
+def scraped(host):
+    """Returns what a Prometheus on a host reads of the host's agent."""
+    url = f"http://127.0.0.1:{METRICS_PORT}/metrics"
+    done = host.run([sys.executable, "-c", f"import urllib.request as r; print(r.urlopen({url!r}).read().decode())"])
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_hosts_fall_silent_join_and_leave_and_the_run_goes_on(cluster, join, run):
     assert len(on(run, cluster["w1"])) == len(on(run, cluster["w2"])) == 2
     assert {run.workers()[name]["host"] for name in ("learner", "shard0", "store", "evaluator")} == {
         cluster["learner"].hostname
     }
+    run.wait_for("its metrics where it is driven from", lambda: "ray_qfleet_actor_num_alive{" in scraped(cluster["head"]))
+    assert "ray_qfleet_" not in scraped(cluster["w1"])
     go_silent(run, cluster["w2"], seconds=15)
     wait_for_actors(run, 4)
     host = join("w3")
