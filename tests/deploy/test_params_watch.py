@@ -142,6 +142,7 @@ def actor_stats(slot, version, **fields):
 
 def learner_stats(updates, published):
     values = dict.fromkeys(LearnerStats.__slots__, 0) | {"waits_for": None, "last_fault": None, "checkpoint_fault": None}
+    values |= {"answer_p95_seconds": {}, "usage": None, "prefetch_usage": None}
     return LearnerStats(**values | {"updates": updates, "published_version": published})
 
 
