@@ -125,7 +125,10 @@ def scale(
 
         return load_role(config, flags.role, rates=flags.rates, seconds=flags.seconds, rounds=flags.rounds, out=out)
     _check_words(words)
-    config = replace(config, address=flags.address)
+    try:
+        config = replace(config, address=flags.address)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
     axes = _chosen_axes(config, flags)
     if spec is None:
         from actors.environments import probe

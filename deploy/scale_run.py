@@ -109,7 +109,8 @@ def measure_run(
     if status is None:
         fault = f"it did not end within {_END_SECONDS:.0f} s of being asked to, and was killed"
     elif status != 130:
-        fault = f"it ended with status {status}: {last_line(path.with_suffix('.log'))}"
+        said = last_line(path.with_suffix(".log"))
+        fault = said if status == 2 else f"it ended with status {status}: {said}"
     elif not figures and fault is None:
         fault = "somebody else interrupted it"
     return Measurement(figures=figures, fault=fault, status=status)
@@ -186,7 +187,11 @@ def _watch(
                 return {}, f"{figures['actor/num_alive']:.0f} of {num_actors} actors acted"
             if figures["actor/env_steps_per_second"] <= 0 or figures["learner/samples_per_second"] <= 0:
                 return {}, f"nothing moved for {figures['measured_seconds']:.0f} s"
-            return figures | (_Host.look(process.pid).since(began) if on_this_host else {}), None
+            now = _Host.look(process.pid)
+            saw_it_all = (
+                now.seconds - began.seconds > 0.5 * figures["measured_seconds"]
+            )  # Not where rows came long after their time.
+            return figures | (now.since(began) if on_this_host and saw_it_all else {}), None
     return {}, None
 
 
