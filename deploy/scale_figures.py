@@ -15,6 +15,7 @@ from deploy.scaling_law import band
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_WIDE = 20.0
 _POINTS, _LAW, _IDEAL = "#0072b2", "#d55e00", "#888888"
 _BUSY = (
     ("learner/busy_fraction", "learner", "#0072b2"),
@@ -37,6 +38,9 @@ def draw_axis(result: AxisResult, card: dict[str, Any]) -> bytes:
     _draw_rate(panels[1], result, result.axis.second, at, has_law=False)
     _draw_busy(panels[2], result, at)
     for panel in panels:
+        if _is_wide(result, at):
+            panel.set_xscale("log", base=2)
+            panel.minorticks_off()
         panel.set_xticks(at, [value_text(value) for value in result.values])
         panel.set_xlabel(result.axis.label)
         panel.set_xlim(*_limits(result, at))
@@ -53,11 +57,20 @@ def _positions(result: AxisResult) -> list[float]:
     return [float(value) for value in result.values] if result.axis.has_law else [float(i) for i in range(len(result.values))]
 
 
+def _is_wide(result: AxisResult, at: list[float]) -> bool:
+    """Whether values need a logarithmic scale to be told apart; in proportion is a straight line there too."""
+    return result.axis.has_law and at[-1] > _WIDE * at[0]
+
+
 def _limits(result: AxisResult, at: list[float]) -> tuple[float, float]:
+    if _is_wide(result, at):
+        return at[0] / 1.2, at[-1] * 1.2
     return (0.0, 1.06 * at[-1]) if result.axis.has_law else (at[0] - 0.5, at[-1] + 0.5)
 
 
 def _draw_rate(panel: Axes, result: AxisResult, metric: str, at: list[float], *, has_law: bool) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     spread = [result.of(value, metric) for value in result.values]
     middle = [median(values) for values in spread]
     panel.plot(at, middle, color=_POINTS, linewidth=1.4, label="median of the rounds")
@@ -85,7 +98,14 @@ def _draw_rate(panel: Axes, result: AxisResult, metric: str, at: list[float], *,
                 va="top",
                 fontsize=8,
             )
-    panel.set_ylim(0, 1.12 * top)
+    if _is_wide(result, at):
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_minor_locator(NullLocator())
+        panel.set_ylim(0.6 * min(min(values) for values in spread), 1.5 * top)
+    else:
+        panel.set_ylim(0, 1.12 * top)
+    panel.yaxis.set_major_formatter("{x:,.0f}" if top >= 20 else "{x:g}")
     panel.set_ylabel(UNITS[metric])
     name = ", percent: efficiency" if has_law and len(result.efficiencies) > 1 else ""
     panel.set_title(f"{UNITS[metric]}{name}", fontsize="medium")
@@ -95,10 +115,9 @@ def _draw_rate(panel: Axes, result: AxisResult, metric: str, at: list[float], *,
 
 def _draw_law(panel: Axes, result: AxisResult, middle: list[float], at: list[float]) -> float:
     """Draws the ideal line and the law, where there is one; returns the greatest value to be seen, which the ideal may go beyond."""
-    most = 1.06 * at[-1]
-    panel.plot(
-        [0, most], [0, middle[0] / at[0] * most], color=_IDEAL, linewidth=1, linestyle=":", label="in proportion to the least"
-    )
+    least, most = _limits(result, at)
+    ideal = [middle[0] / at[0] * n for n in (least, most)]
+    panel.plot([least, most], ideal, color=_IDEAL, linewidth=1, linestyle=":", label="in proportion to the least")
     top = min(middle[0] / at[0] * at[-1], 2.2 * max(middle))
     if result.law is not None:
         x = np.linspace(at[0], most, 200)

@@ -6,6 +6,7 @@ What is measured lies between two of its rows, after the learner has begun and a
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-from deploy.plots import read_rows
 
 Row = dict[str, Any]
 
@@ -116,6 +115,27 @@ def measure_run(
     return Measurement(figures=figures, fault=fault, status=status)
 
 
+class RowsTail:
+    """Reads metrics.jsonl as it grows, each row once: to read all of it again each time would take processors from what is measured."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._offset = 0
+        self._rows: list[Row] = []
+
+    def rows(self) -> list[Row]:
+        """Returns all rows that are there whole."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return self._rows
+        self._rows += [json.loads(line) for line in whole.splitlines()]
+        self._offset += len(whole + newline)
+        return self._rows
+
+
 def find_window(
     rows: Sequence[Row], *, num_actors: int, warm_up_seconds: float, seconds: float
 ) -> tuple[int, int | None] | None:
@@ -139,7 +159,7 @@ def figures_of(rows: Sequence[Row]) -> dict[str, float]:
     figures = {"measured_seconds": elapsed}
     for name, counter in RATES.items():
         figures[name] = (last[counter] - first[counter]) / elapsed
-    figures["actor/num_alive"] = min(row.get("actor/num_alive", 0) for row in rows)
+    figures["actor/num_alive"] = float(min(row.get("actor/num_alive", 0) for row in rows))
     lasted = [now["time_seconds"] - before["time_seconds"] for before, now in itertools.pairwise(rows)]
     for name in MEANS:
         told = [(row[name], seconds) for row, seconds in zip(rows[1:], lasted, strict=True) if name in row]
@@ -167,10 +187,11 @@ def _watch(
 ) -> tuple[dict[str, float], str | None]:
     """Returns the figures, as soon as they are there; none where the run ends before, or the sweep. And a fault, where it was one."""
     deadline = time.monotonic() + _MOST_SECONDS_TO_LEARN
+    tail = RowsTail(path)
     began: _Host | None = None
     while process.poll() is None and not stop():
         time.sleep(_LOOK_SECONDS)
-        rows = read_rows(path) if (path / "metrics.jsonl").exists() else []
+        rows = tail.rows()
         window = find_window(rows, num_actors=num_actors, warm_up_seconds=warm_up_seconds, seconds=seconds)
         if window is None:
             if time.monotonic() > deadline:

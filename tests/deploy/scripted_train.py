@@ -60,7 +60,7 @@ def main(script_path, words):
             }
             file.write(json.dumps(row) + "\n")
             file.flush()
-            time.sleep(PACE)
+            time.sleep(says.get("pace", PACE))
 
 
 if __name__ == "__main__":

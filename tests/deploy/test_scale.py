@@ -1,6 +1,7 @@
 """`qfleet scale`: order, warm-up, resumption, faults and interruption with a scripted run in place of training; one sweep of real runs."""
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -17,8 +18,9 @@ from common.errors import UserError
 from deploy import cli, plan, run_dir, scale, scale_run
 from deploy.recipes import RECIPES
 from deploy.scale import ScaleFlags, make_points, powers_of_two
-from deploy.scale_results import AXES, axis_result
-from deploy.scale_run import figures_of, find_window
+from deploy.scale_figures import draw_axis
+from deploy.scale_results import AXES, axis_result, make_card
+from deploy.scale_run import RowsTail, figures_of, find_window
 from deploy.scale_table import ScaleTable, Settings
 
 SCRIPTED = Path(__file__).with_name("scripted_train.py")
@@ -168,37 +170,40 @@ from pathlib import Path
 from deploy import plan, run_dir, scale
 from deploy.recipes import RECIPES
 run_dir.commit = lambda: "c0ffee"
-flags = scale.ScaleFlags(actors=(1, 2, 3, 4), rounds=50, seconds=1.0, warm_up_seconds=1.0, out=Path(sys.argv[1]))
+flags = scale.ScaleFlags(actors=(1, 2), rounds=2, seconds=1.0, warm_up_seconds=1.0, out=Path(sys.argv[1]))
 sys.exit(scale.scale(RECIPES["gridworld"](), [], flags, command=sys.argv[2:]))
 """
 
 
 def test_ctrl_c_ends_the_run_under_way_in_good_order_and_the_same_command_goes_on(script, tmp_path):
-    path, out = script(), tmp_path / "out"
+    path, out = script(faults={"2": {"pace": 0.3}}), tmp_path / "out"
+    words = [sys.executable, "-c", DRIVER, str(out), sys.executable, str(SCRIPTED), str(path)]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTED.parents[2])}
 
     def begin():
-        words = [sys.executable, "-c", DRIVER, str(out), sys.executable, str(SCRIPTED), str(path)]
-        environment = os.environ | {"PYTHONPATH": str(SCRIPTED.parents[2])}
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
-    seen = 0
-    for _ in range(2):
-        process = begin()
-        deadline = time.monotonic() + 60
-        while not (out / "scale.csv").exists() or len(table(out)) < seen + 2:
-            assert time.monotonic() < deadline and process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        told, _ = process.communicate(timeout=60)
-        assert process.returncode == 130, told
-        assert "Traceback" not in told and "the same command goes on from there" in told
-        assert seen + 2 <= len(table(out)) < 200
-        seen = len(table(out))
-        newest = max(out.glob("runs/*.log"), key=lambda log: log.stat().st_mtime)
-        assert "the summary is written" in newest.read_text() or newest.read_text() == ""
+    process = begin()
+    deadline = time.monotonic() + 60
+    while not (under_way := list(out.glob("runs/actors2-*/metrics.jsonl"))):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "Traceback" not in told and "the same command goes on from there" in told
+    assert "the summary is written" in under_way[0].parent.with_suffix(".log").read_text()
+    before = table(out) if (out / "scale.csv").exists() else []
+    assert {row["actors"] for row in before} <= {"1"} and len(before) == len(calls(path)) - 1
+
+    script()
+    process = begin()
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, told
     done = [(row["actors"], row["round"]) for row in table(out)]
-    assert len(set(done)) == len(done) <= len(calls(path)) <= len(done) + 2  # Nothing twice, but what was broken off.
-    assert (out / "scale.json").exists()
+    assert sorted(done) == [("1", "1"), ("1", "2"), ("2", "1"), ("2", "2")] and table(out)[: len(before)] == before
+    assert len(calls(path)) == 4 + 1  # Nothing twice but what was broken off.
+    assert under_way[0].exists()  # Its directory is left as it is.
 
 
 def rows_of(values):
@@ -234,6 +239,16 @@ def test_figures_are_from_counters_and_means_are_weighted_with_time():
     assert (figures["learner/updates_per_second"], figures["learner/samples_per_second"]) == (2, 128)
     assert figures["learner/busy_fraction"] == pytest.approx(0.6) and figures["shard/busy_fraction"] == pytest.approx(0.3)
     assert "actor/env_fraction" not in figures
+
+
+def test_a_row_that_is_being_written_waits_for_its_end(tmp_path):
+    tail, file = RowsTail(tmp_path), tmp_path / "metrics.jsonl"
+    seen = [tail.rows()[:]]
+    for part in ('{"updates": 1}\n{"upd', 'ates": 2}', '\n{"updates": 3}\n'):
+        with file.open("a") as growing:
+            growing.write(part)
+        seen.append([row["updates"] for row in tail.rows()])
+    assert seen == [[], [1], [1], [1, 2, 3]]
 
 
 def points(flags, config=None, spec=None):
@@ -354,15 +369,8 @@ def test_an_axis_takes_only_rows_that_differ_in_nothing_else():
     config = RECIPES["gridworld"]()
     base = Settings.of(config)
 
-    def row(rate, number=1, **changed):
-        settings = replace(base, **changed)
-        values = {name: getattr(settings, name) for name in Settings.names()}
-        return values | {
-            "round": number,
-            "actor/env_steps_per_second": rate,
-            "learner/samples_per_second": 8 * rate,
-            "learner/updates_per_second": rate / 8,
-        }
+    def row(rate, **changed):
+        return picture_row(replace(base, **changed), 1, rate)
 
     rows = [
         row(100.0),
@@ -379,6 +387,54 @@ def test_an_axis_takes_only_rows_that_differ_in_nothing_else():
     ratio = axis_result(AXES["samples_per_insert"], config, ["none", 16.0], rows, num_cpus=4, seed=0)
     assert ratio.values == [16.0, "none"] and "most at no ratio" in ratio.sentence and ratio.law is None
     assert axis_result(AXES["devices"], config, [2], rows, num_cpus=4, seed=0) is None
+
+
+def picture_row(settings, number, rate, **more):
+    values = {name: getattr(settings, name) for name in Settings.names()}
+    rates = {"actor/env_steps_per_second": rate, "learner/samples_per_second": 8 * rate, "learner/updates_per_second": rate / 8}
+    return values | {"round": number} | rates | more
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "more"),
+    [
+        ("actors", (1, 2, 4, 8), {"shard/busy_fraction_max": 0.5, "host/cpu_fraction": 0.4}),
+        ("actors", (1, 4, 16, 64, 360), {"learner/busy_fraction": 0.5}),
+        ("actors", (3,), {}),
+        ("batch_size", (32, 64, 512), {}),
+        ("samples_per_insert", (1.0, 8.0, "none"), {}),
+        ("devices", (1, 2, 4), {}),
+    ],
+)
+def test_every_kind_of_axis_has_a_picture(axis, values, more):
+    """Warnings are errors here: of a logarithm of nothing, of an empty legend, of labels that find no room."""
+    config = replace(RECIPES["gridworld"](), recipe="a_$x^2$")
+    base = Settings.of(config)
+    rows = [
+        picture_row(replace(base, **{axis: value}), number, 100.0 * (index + 1) ** 0.7 + number, **more)
+        for index, value in enumerate(values)
+        for number in (1, 2)
+    ]
+    result = axis_result(AXES[axis], config, values, rows, num_cpus=4, seed=0)
+    assert (result.law is None) == (axis in ("batch_size", "samples_per_insert") or len(values) < 3)
+    picture = draw_axis(result, make_card(config, None))
+    assert picture[:4] == b"\x89PNG" and len(picture) > 20_000
+
+
+def test_a_full_disk_is_one_line_and_what_was_measured_is_kept(script, tmp_path, monkeypatch):
+    path, out = script(), tmp_path / "out"
+    sweep(path, out, actors=(1,), rounds=1)
+    before = (out / "scale.csv").read_bytes()
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("deploy.scale_table.write_whole", full)
+    with pytest.raises(
+        UserError, match=r"scale\.csv: cannot be written \(No space left on device\); what was measured before is kept"
+    ):
+        sweep(path, out, actors=(1, 2), rounds=1)
+    assert (out / "scale.csv").read_bytes() == before
 
 
 @pytest.mark.ray
