@@ -55,11 +55,11 @@ class ScaleFlags:
     samples_per_insert: tuple[float | Literal["none"], ...] = ()
     """Times that a transition is sampled. none: no ratio, both sides go as fast as they can."""
     rounds: int = 3
-    """In each of which every point is measured once, in an order of the round's own."""
+    """Times that each point is measured: every round measures all of them, in an order of its own."""
     seconds: float = 30.0
-    """Measured of each run,"""
+    """Seconds of each run that are measured."""
     warm_up_seconds: float = 10.0
-    """and of each run before that, from when its learner and actors are at work."""
+    """Seconds of each run before that, from when its learner has begun and all its actors act."""
     seed: int = 0
     """Of the orders, and of the intervals."""
     out: Path | None = None
@@ -98,7 +98,7 @@ class Point:
     settings: Settings
     config: RunConfig
     digest: str
-    """Of all that a measurement depends on and that can be told: what it is told by another digest is another measurement."""
+    """Of all that its measurement depends on, but for the commit: by it a row of the table is known again."""
 
 
 def scale(
@@ -287,7 +287,7 @@ class Sweep:
         print(
             f"{len(self._points)} points x {flags.rounds} rounds: {todo} runs"
             + (f" ({done} are in {self._out / 'scale.csv'} already)" if done else "")
-            + f", {minutes:.0f} minutes and in each the filling of the replay ({config.replay.min_size:,} transitions)"
+            + f", about {max(minutes, 1):.0f} min, and in each run the time until replay has its {config.replay.min_size:,} transitions"
         )
         for sentence in left_out:
             print(f"left out: {sentence}")

@@ -183,7 +183,7 @@ def _sentence(
     elif len(values) > 1:
         best = max(range(len(values)), key=lambda index: usages[index].throughput)
         parts.append(f"most at {value_text(values[best])}")
-    limit = limit_text(usages, axis.label, num_cpus=num_cpus)
+    limit = limit_text(usages, axis.label, num_cpus=num_cpus, unit=unit.removesuffix("s/s"))
     advice = actors_advice(usages, law, num_cpus=num_cpus) if axis.name == "actors" else ""
     return "; ".join(part for part in (*parts, limit, advice) if part)
 

@@ -71,17 +71,18 @@ def law_text(law: Law | None, num_distinct: int, label: str) -> str:
     return text
 
 
-def limit_text(usages: Sequence[Usage], label: str, *, num_cpus: int | None) -> str:
+def limit_text(usages: Sequence[Usage], label: str, *, num_cpus: int | None, unit: str = "env step") -> str:
     """Says what limits the system at the greatest N: the processors, the learner, a shard, or nothing that was measured.
 
     Args:
       usages: by rising N, at least one.
       label: of N, in the plural.
       num_cpus: processors of the machine; None on a cluster.
+      unit: of the throughput, one of it.
     """
     last = usages[-1]
     if num_cpus is not None and last.host_cpu is not None and last.host_cpu > FULL_CORES:
-        return _cores_text(usages, label, num_cpus)
+        return _cores_text(usages, label, num_cpus, unit)
     shard, learner = _shard(last), last.learner_busy
     is_tied = last.samples_per_insert is not None
     if is_tied and learner is not None and learner > FULL_LEARNER and learner >= (shard or 0.0):
@@ -176,8 +177,8 @@ def others_text(usages: Sequence[Usage], num_cpus: int | None) -> str | None:
     return f"other processes took up to {max(others):.1f} of {num_cpus} cores meanwhile: measure again on a machine with nothing else to do"
 
 
-def _cores_text(usages: Sequence[Usage], label: str, num_cpus: int) -> str:
-    """The cores are full from the first N on from which they stay so."""
+def _cores_text(usages: Sequence[Usage], label: str, num_cpus: int, unit: str) -> str:
+    """The cores are full from the first N on from which they stay so. Of a step the run took cores / throughput seconds of one."""
     first = usages[-1]
     for usage in reversed(usages):
         if usage.host_cpu is None or usage.host_cpu <= FULL_CORES:
@@ -191,6 +192,7 @@ def _cores_text(usages: Sequence[Usage], label: str, num_cpus: int) -> str:
         f"{num_cpus} cores are full from {_counted(first.n, label)} on ({_percent(last.host_cpu)} at the last"
         + (f"; busy, waiting for a core included: {', '.join(told)}" if told else "")
         + f"): the curve and its {_SIGMA} are theirs, not the design's"
+        + (f"; one {unit} takes {1e3 * last.run_cpu_cores / last.throughput:.3g} ms of a core" if last.run_cpu_cores else "")
     )
 
 

@@ -102,6 +102,10 @@ def test_full_cores_come_before_all_roles_and_nothing_is_advised():
         "2 cores are full from 4 actors on (100 % at the last; busy, waiting for a core included: learner 99 %, busiest shard 95 %): the curve "
         "and its \N{GREEK SMALL LETTER SIGMA} are theirs, not the design's"
     )
+    points = [*points[:-1], replace(points[-1], run_cpu_cores=1.8, throughput=150.0)]
+    assert (
+        limit_text(points, "actors", num_cpus=2) == f"{text}; one env step takes 12 ms of a core"
+    )  # 1.8 / 150, and not 2 / 150.
     assert actors_advice(points, law_of(points), num_cpus=2) == ""
     assert limit_text(points, "actors", num_cpus=None).startswith("the learner is full")  # On a cluster it is one node's.
     assert limit_text(usages(host_cpu=0.9), "actors", num_cpus=2).startswith("no role is full")
