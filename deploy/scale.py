@@ -360,7 +360,15 @@ class Sweep:
         from deploy.scale_results import write_results
 
         rows = self._table.measured({point.digest for point in self._points}, self._commit)
-        told = write_results(self._config, self._axes, rows, self._out, seed=self._flags.seed, commit=self._commit)
+        told = write_results(
+            self._config,
+            self._axes,
+            rows,
+            self._out,
+            seed=self._flags.seed,
+            warm_up_seconds=self._flags.warm_up_seconds,
+            commit=self._commit,
+        )
         for sentence in told:
             print(sentence)
 

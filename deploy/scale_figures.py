@@ -89,14 +89,10 @@ def _draw_rate(panel: Axes, result: AxisResult, metric: str, at: list[float], *,
         top = max(top, _draw_law(panel, result, middle, at))
         for one in result.efficiencies[1:]:
             index = result.values.index(one.n)
+            is_low = min(spread[index]) < 0.12 * top and not _is_wide(result, at)
+            y, offset, anchor = (max(spread[index]), 7, "bottom") if is_low else (min(spread[index]), -7, "top")
             panel.annotate(
-                f"{one.median:.0%}",
-                (at[index], min(spread[index])),
-                (0, -7),
-                textcoords="offset points",
-                ha="center",
-                va="top",
-                fontsize=8,
+                f"{one.median:.0%}", (at[index], y), (0, offset), textcoords="offset points", ha="center", va=anchor, fontsize=8
             )
     if _is_wide(result, at):
         panel.set_yscale("log")

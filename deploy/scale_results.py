@@ -22,10 +22,12 @@ from deploy.scaling_advice import (
     Efficiency,
     Usage,
     actors_advice,
+    counted,
     efficiencies,
     law_text,
     limit_text,
     others_text,
+    unsettled_text,
 )
 from deploy.scaling_law import Interval, Law, fit
 
@@ -81,7 +83,14 @@ class AxisResult:
 
 
 def write_results(
-    config: RunConfig, axes: Mapping[str, Sequence[Any]], rows: Sequence[Row], out: Path, *, seed: int, commit: str | None
+    config: RunConfig,
+    axes: Mapping[str, Sequence[Any]],
+    rows: Sequence[Row],
+    out: Path,
+    *,
+    seed: int,
+    warm_up_seconds: float,
+    commit: str | None,
 ) -> list[str]:
     """Writes scale.json and a picture of each axis; returns the sentences.
 
@@ -94,7 +103,12 @@ def write_results(
     results = [
         result
         for name in axes
-        if (result := axis_result(AXES[name], config, axes[name], rows, num_cpus=num_cpus, seed=seed)) is not None
+        if (
+            result := axis_result(
+                AXES[name], config, axes[name], rows, num_cpus=num_cpus, seed=seed, warm_up_seconds=warm_up_seconds
+            )
+        )
+        is not None
     ]
     card = make_card(config, commit)
     for result in results:
@@ -106,7 +120,14 @@ def write_results(
 
 
 def axis_result(
-    axis: Axis, config: RunConfig, values: Sequence[Any], rows: Sequence[Row], *, num_cpus: int | None, seed: int
+    axis: Axis,
+    config: RunConfig,
+    values: Sequence[Any],
+    rows: Sequence[Row],
+    *,
+    num_cpus: int | None,
+    seed: int,
+    warm_up_seconds: float,
 ) -> AxisResult | None:
     """Returns what the rows say of an axis: those that differ from the recipe's settings in nothing else. None where there are none."""
     base = Settings.of(config)
@@ -117,7 +138,7 @@ def axis_result(
             mine.setdefault(row[axis.name], []).append(row)
     if not mine:
         return None
-    ordered = sorted(mine, key=lambda value: math.inf if isinstance(value, str) else value)
+    ordered = sorted(mine, key=_number)
     numbers = [value for value in ordered if not isinstance(value, str)]
     law = None
     if axis.has_law:
@@ -129,7 +150,13 @@ def axis_result(
             by_round.setdefault(row["round"], {})[value] = row[axis.metric]
     found = efficiencies(list(by_round.values())) if axis.has_law else []
     usages = [_usage(axis, value, mine[value], num_cpus) for value in ordered]
-    note = others_text(usages, num_cpus)
+    in_rounds = [
+        (counted(_number(value), axis.label), row[SAMPLES] / row[ENV_STEPS], row["samples_per_insert"])
+        for value in ordered
+        for row in mine[value]
+        if not isinstance(row["samples_per_insert"], str)
+    ]
+    notes = [others_text(usages, num_cpus), unsettled_text(in_rounds, warm_up_seconds)]
     return AxisResult(
         axis=axis,
         values=ordered,
@@ -137,7 +164,7 @@ def axis_result(
         law=law,
         efficiencies=found,
         sentence=_sentence(axis, ordered, usages, found, law, num_cpus),
-        notes=[note] if note is not None else [],
+        notes=[note for note in notes if note is not None],
     )
 
 
@@ -150,7 +177,7 @@ def _usage(axis: Axis, value: float | str, rows: Sequence[Row], num_cpus: int | 
     throughput = middle(axis.metric)
     assert throughput is not None
     return Usage(
-        n=math.inf if isinstance(value, str) else value,
+        n=_number(value),
         throughput=throughput,
         num_shards=settings.shards,
         num_devices=settings.devices,
@@ -186,6 +213,10 @@ def _sentence(
     limit = limit_text(usages, axis.label, num_cpus=num_cpus, unit=unit.removesuffix("s/s"))
     advice = actors_advice(usages, law, num_cpus=num_cpus) if axis.name == "actors" else ""
     return "; ".join(part for part in (*parts, limit, advice) if part)
+
+
+def _number(value: float | str) -> float:
+    return math.inf if isinstance(value, str) else value
 
 
 def value_text(value: float | str) -> str:

@@ -19,6 +19,7 @@ FULL_CORES = 0.9
 FULL_LEARNER = 0.9
 FULL_SHARD = 0.7  # Beyond it answers come late: in an M/M/1 queue after more than three times the service.
 _HELD_BACK = 0.1
+_SETTLED = 0.15
 _OTHERS = 0.1  # Of the processors, from which on the figures are of what others left.
 _SIGMA, _KAPPA = "\N{GREEK SMALL LETTER SIGMA}", "\N{GREEK SMALL LETTER KAPPA}"
 
@@ -67,7 +68,7 @@ def law_text(law: Law | None, num_distinct: int, label: str) -> str:
     text += f", {_KAPPA} {_interval(law.kappa)}"
     peak = law.peak
     if peak is not None and math.isfinite(peak.value):
-        text += f", most at {_counted(round(peak.value), label)}"
+        text += f", most at {counted(round(peak.value), label)}"
     return text
 
 
@@ -86,9 +87,9 @@ def limit_text(usages: Sequence[Usage], label: str, *, num_cpus: int | None, uni
     shard, learner = _shard(last), last.learner_busy
     is_tied = last.samples_per_insert is not None
     if is_tied and learner is not None and learner > FULL_LEARNER and learner >= (shard or 0.0):
-        return f"the learner is full: busy {_percent(learner)} at {_counted(last.n, label)}{_held_text(last)}"
+        return f"the learner is full: busy {_percent(learner)} at {counted(last.n, label)}{_held_text(last)}"
     if shard is not None and shard >= FULL_SHARD:
-        return f"the shard serializes: busy {_percent(shard)} at {_counted(last.n, label)}"
+        return f"the shard serializes: busy {_percent(shard)} at {counted(last.n, label)}"
     if (last.actors_held_back or 0.0) > _HELD_BACK and learner is not None:
         return (
             f"actors are held back {_percent(last.actors_held_back)} of the time, and the learner is busy {_percent(learner)} only: it waits for "
@@ -96,7 +97,7 @@ def limit_text(usages: Sequence[Usage], label: str, *, num_cpus: int | None, uni
         )
     known = {"learner": learner, "busiest shard": shard, "cores": last.host_cpu}
     told = [f"{name} {_percent(busy)}" for name, busy in known.items() if busy is not None]
-    return f"no role is full at {_counted(last.n, label)}{': ' if told else ''}{', '.join(told)}"
+    return f"no role is full at {counted(last.n, label)}{': ' if told else ''}{', '.join(told)}"
 
 
 def actors_advice(usages: Sequence[Usage], law: Law | None, *, num_cpus: int | None) -> str:
@@ -118,14 +119,14 @@ def actors_advice(usages: Sequence[Usage], law: Law | None, *, num_cpus: int | N
         factor = needed(last.n * rate, learner, last.throughput, most_busy=1.0)
         ratio = last.samples_per_insert / factor
         if factor <= 1.05:
-            return f"it just keeps up with {_counted(last.n, 'actors')}"
+            return f"it just keeps up with {counted(last.n, 'actors')}"
         return (
-            f"{_counted(last.n, 'actors')} at full speed would take a learner {factor:.1f} times as fast, or --replay.samples-per-insert {ratio:.2g} "
+            f"{counted(last.n, 'actors')} at full speed would take a learner {factor:.1f} times as fast, or --replay.samples-per-insert {ratio:.2g} "
             f"in place of {last.samples_per_insert:g}"
         )
     if shard is not None and shard >= FULL_SHARD:
         shards = shards_needed(last, rate, target)
-        return f"{_counted(shards, 'shards')} would carry {target:g} actors"
+        return f"{counted(shards, 'shards')} would carry {target:g} actors"
     busiest = max(((b, name) for b, name in ((learner, "learner"), (shard, "shard")) if b), default=None)
     if busiest is None:
         return ""
@@ -177,6 +178,33 @@ def others_text(usages: Sequence[Usage], num_cpus: int | None) -> str | None:
     return f"other processes took up to {max(others):.1f} of {num_cpus} cores meanwhile: measure again on a machine with nothing else to do"
 
 
+def unsettled_text(measured: Sequence[tuple[str, float, float]], warm_up_seconds: float) -> str | None:
+    """Says where samples a step, over the window, were not those that the limiter holds the run to in the long run: then one side was still
+    catching up with the other, and its rate is not the system's.
+
+    Args:
+      measured: (point in words, samples a step over the window, those asked for).
+    """
+    far = [(abs(math.log(max(found, 1e-9) / asked)), point, found, asked) for point, found, asked in measured]
+    worst = max(far, default=None)
+    num_off = sum(off > _SETTLED for off, *_ in far)
+    if worst is None or num_off == 0:
+        return None
+    _, point, found, asked = worst
+    return (
+        f"{num_off} of {len(far)} runs had not settled: {found:.3g} samples a step in place of {asked:g} at {point}; give more than "
+        f"{warm_up_seconds:g} --warm-up-seconds, or more --seconds"
+    )
+
+
+def counted(n: float, label: str) -> str:
+    """Returns "1 actor", "2 actors"; where the axis is the ratio and there is none, so that n is infinite, "no ratio"."""
+    if not math.isfinite(n):
+        return "no ratio"
+    one = re.sub(r"s\b", "", label)
+    return f"{n:g} {one if n == 1 else label}"
+
+
 def _cores_text(usages: Sequence[Usage], label: str, num_cpus: int, unit: str) -> str:
     """The cores are full from the first N on from which they stay so. Of a step the run took cores / throughput seconds of one."""
     first = usages[-1]
@@ -189,19 +217,11 @@ def _cores_text(usages: Sequence[Usage], label: str, num_cpus: int, unit: str) -
     roles = {"learner": last.learner_busy, "busiest shard": _shard(last)}
     told = [f"{name} {_percent(busy)}" for name, busy in roles.items() if busy is not None]
     return (
-        f"{num_cpus} cores are full from {_counted(first.n, label)} on ({_percent(last.host_cpu)} at the last"
+        f"{num_cpus} cores are full from {counted(first.n, label)} on ({_percent(last.host_cpu)} at the last"
         + (f"; busy, waiting for a core included: {', '.join(told)}" if told else "")
         + f"): the curve and its {_SIGMA} are theirs, not the design's"
         + (f"; one {unit} takes {1e3 * last.run_cpu_cores / last.throughput:.3g} ms of a core" if last.run_cpu_cores else "")
     )
-
-
-def _counted(n: float, label: str) -> str:
-    """Returns "1 actor", "2 actors"; where the axis is the ratio and there is none, "no ratio"."""
-    if not math.isfinite(n):
-        return "no ratio"
-    one = re.sub(r"s\b", "", label)
-    return f"{n:g} {one if n == 1 else label}"
 
 
 def _shard(usage: Usage) -> float | None:

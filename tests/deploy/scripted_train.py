@@ -46,7 +46,7 @@ def main(script_path, words):
             pace = 10 if number <= FILLING else 2 if not is_warm else 1
             seconds += PERIOD
             steps += rate * pace * PERIOD
-            updates += rate / 8 * pace * PERIOD if number > FILLING else 0
+            updates += rate / 4 * pace * PERIOD if number > FILLING else 0
             alive = says.get("alive", actors) if number > LEARNING else actors - 1
             row = {
                 "time_seconds": seconds,

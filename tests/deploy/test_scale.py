@@ -19,7 +19,7 @@ from deploy import cli, plan, run_dir, scale, scale_run
 from deploy.recipes import RECIPES
 from deploy.scale import ScaleFlags, make_points, powers_of_two
 from deploy.scale_figures import draw_axis
-from deploy.scale_results import AXES, axis_result, make_card
+from deploy.scale_results import AXES, SAMPLES, axis_result, make_card
 from deploy.scale_run import RowsTail, figures_of, find_window
 from deploy.scale_table import ScaleTable, Settings
 
@@ -77,8 +77,8 @@ def test_a_sweep_measures_after_the_warm_up_and_finds_the_law(script, tmp_path, 
     assert len(rows) == 8
     for row in rows:
         assert float(row["actor/env_steps_per_second"]) == pytest.approx(RATES[row["actors"]])
-        assert float(row["learner/updates_per_second"]) == pytest.approx(RATES[row["actors"]] / 8)
-        assert float(row["learner/samples_per_second"]) == pytest.approx(RATES[row["actors"]] * 8)
+        assert float(row["learner/updates_per_second"]) == pytest.approx(RATES[row["actors"]] / 4)
+        assert float(row["learner/samples_per_second"]) == pytest.approx(RATES[row["actors"]] * 16)
         assert float(row["learner/busy_fraction"]) == pytest.approx(0.25)
         assert float(row["measured_seconds"]) == pytest.approx(1.0)
         # What a run does not tell stays empty, and so do processors: its second was over in no time.
@@ -379,19 +379,28 @@ def test_an_axis_takes_only_rows_that_differ_in_nothing_else():
         row(9.0, actors=2, shards=2),
         row(120.0, samples_per_insert="none"),
     ]
-    actors = axis_result(AXES["actors"], config, [1, 2], rows, num_cpus=4, seed=0)
+    actors = axis_result(AXES["actors"], config, [1, 2], rows, num_cpus=4, seed=0, warm_up_seconds=10.0)
     assert actors.values == [1, 2] and [len(actors.rows[n]) for n in (1, 2)] == [1, 1] and actors.law is None
     assert actors.efficiencies[-1].median == 0.95
-    shards = axis_result(AXES["shards"], config, [1, 2], rows, num_cpus=4, seed=0)
-    assert shards.of(2, "learner/samples_per_second") == [72.0]
-    ratio = axis_result(AXES["samples_per_insert"], config, ["none", 16.0], rows, num_cpus=4, seed=0)
+    shards = axis_result(AXES["shards"], config, [1, 2], rows, num_cpus=4, seed=0, warm_up_seconds=10.0)
+    assert shards.of(2, "learner/samples_per_second") == [144.0]
+    ratio = axis_result(AXES["samples_per_insert"], config, ["none", 16.0], rows, num_cpus=4, seed=0, warm_up_seconds=10.0)
     assert ratio.values == [16.0, "none"] and "most at no ratio" in ratio.sentence and ratio.law is None
-    assert axis_result(AXES["devices"], config, [2], rows, num_cpus=4, seed=0) is None
+    assert actors.notes == []
+    unsettled = axis_result(
+        AXES["actors"], config, [2], [row(100.0, actors=2) | {SAMPLES: 3_000.0}], num_cpus=4, seed=0, warm_up_seconds=10.0
+    )
+    assert unsettled.notes[0].startswith("1 of 1 runs had not settled: 30 samples a step in place of 16 at 2 actors")
+    assert axis_result(AXES["devices"], config, [2], rows, num_cpus=4, seed=0, warm_up_seconds=10.0) is None
 
 
 def picture_row(settings, number, rate, **more):
     values = {name: getattr(settings, name) for name in Settings.names()}
-    rates = {"actor/env_steps_per_second": rate, "learner/samples_per_second": 8 * rate, "learner/updates_per_second": rate / 8}
+    rates = {
+        "actor/env_steps_per_second": rate,
+        "learner/samples_per_second": 16 * rate,
+        "learner/updates_per_second": rate / 4,
+    }
     return values | {"round": number} | rates | more
 
 
@@ -415,7 +424,7 @@ def test_every_kind_of_axis_has_a_picture(axis, values, more):
         for index, value in enumerate(values)
         for number in (1, 2)
     ]
-    result = axis_result(AXES[axis], config, values, rows, num_cpus=4, seed=0)
+    result = axis_result(AXES[axis], config, values, rows, num_cpus=4, seed=0, warm_up_seconds=10.0)
     assert (result.law is None) == (axis in ("batch_size", "samples_per_insert") or len(values) < 3)
     picture = draw_axis(result, make_card(config, None))
     assert picture[:4] == b"\x89PNG" and len(picture) > 20_000

@@ -15,6 +15,7 @@ from deploy.scaling_advice import (
     needed,
     others_text,
     shards_needed,
+    unsettled_text,
 )
 from deploy.scaling_law import fit
 
@@ -143,6 +144,16 @@ def test_other_processes_are_told_where_they_took_a_tenth_of_the_machine():
     assert others_text(points, 2).startswith("other processes took up to 0.8 of 2 cores")
     assert others_text(usages(host_cpu=0.9, run_cpu_cores=1.7), 2) is None
     assert others_text(points, None) is None
+
+
+def test_windows_in_which_one_side_caught_up_are_told():
+    """Off either way is off alike: half as many samples a step is as far as twice as many."""
+    settled = [("1 actors", 8.9, 8.0), ("2 actors", 7.1, 8.0)]
+    assert unsettled_text(settled, 10.0) is None and unsettled_text([], 10.0) is None
+    text = unsettled_text([*settled, ("3 actors", 10.0, 8.0), ("4 actors", 4.0, 8.0)], 10.0)
+    assert text.startswith(
+        "2 of 4 runs had not settled: 4 samples a step in place of 8 at 4 actors; give more than 10 --warm-up-seconds"
+    )
 
 
 def test_efficiency_is_of_rounds_and_in_proportion_to_n():
