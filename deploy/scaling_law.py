@@ -69,7 +69,8 @@ def fit(n: Sequence[float], x: Sequence[float], rng: np.random.Generator, *, num
     different N, which tell no law.
 
     Errors are relative: the fit minimizes the sum of (1 - X / X(N))^2, which is linear in (1, sigma, kappa) / lambda, none of which may be
-    negative. The least sum over all sets of nonzero coefficients is found exactly.
+    negative. The least sum over all sets of nonzero coefficients is found exactly. It leans upward, by about the variance of the errors: by
+    0.1 % where they are 3 %, by a fifth where they are a half, and then nothing that is fitted means much.
 
     Intervals are percentiles of a bootstrap of residuals: X(N) exp(e), with e drawn from the residuals of all N together. Resampling the
     two or three rounds within each N would make half of all resamples alike, and see nothing of how the law itself misses the points. Residuals
