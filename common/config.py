@@ -565,8 +565,8 @@ class EvaluationConfig:
     final_episodes: int = 10
     """Episodes of the evaluation at the end, of the parameters in the last checkpoint."""
 
-    period_seconds: float = 60.0
-    """Seconds from the end of one evaluation to the start of the next. A serial run evaluates at the end only."""
+    period_seconds: float | None = 60.0
+    """Seconds from the end of one evaluation to the start of the next. None, and a serial run: it evaluates at the end only."""
 
     epsilon: float = 0.0
     """Chance of a random action."""

@@ -2,7 +2,8 @@
 
 qfleet train RECIPE [flags]      qfleet resume RUN [flags]          qfleet evaluate RUN [flags]
 qfleet plan RECIPE [flags]       qfleet check-env ENV [flags]       qfleet bench replay|learner [flags]
-qfleet report RUN [RUN ...] [flags] qfleet doctor [RUN] [flags]
+qfleet report RUN [RUN ...] [flags]  qfleet doctor [RUN] [flags]
+qfleet scale RECIPE [flags] [-- flags of train]
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _USAGE = """usage: qfleet train RECIPE [flags]     train; the same command on th
        qfleet check-env ENV [flags]    say what is wrong with an environment: MyEnv-v0, module:MyEnv-v0, pong
        qfleet bench replay [flags]     measure the replay shards alone: --game, --topology, --json
        qfleet bench learner [flags]    measure the learner's update, bare and in a running system: --networks, --device, --json
+       qfleet scale RECIPE [flags]     throughput over actors, shards, batch ..., and what limits it: --actors 1 2 4 --rounds 3 [-- flags of train]
        qfleet COMMAND ... --help       every flag with its meaning, unit and default
 
 recipes: {recipes}"""
@@ -41,6 +43,7 @@ recipes: {recipes}"""
 _SUBJECTS = {
     "train": "a recipe",
     "plan": "a recipe",
+    "scale": "a recipe",
     "resume": "a run directory",
     "evaluate": "a run directory",
     "report": "a run directory",
@@ -209,6 +212,12 @@ def _dispatch(words: list[str]) -> int:
     if subject not in RECIPES:
         raise UserError(f"unknown recipe {subject!r}{_nearest(subject, list(RECIPES))}; there are {', '.join(RECIPES)}")
     recipe = RECIPES[subject]()
+    if command == "scale":
+        from deploy.scale import ScaleFlags, scale
+
+        words, of_train = _split(flags)
+        chosen_sweep = _parse(ScaleFlags, ScaleFlags(), words, f"qfleet scale {subject}")
+        return scale(_run_config(recipe, of_train, f"qfleet train {subject}"), of_train, chosen_sweep)
     config = _run_config(recipe, flags, f"qfleet {command} {subject}")
     if command == "plan":
         from deploy.plan import print_plan
@@ -216,6 +225,12 @@ def _dispatch(words: list[str]) -> int:
         return print_plan(config)
     path = Path(config.run_dir) if config.run_dir is not None else run_dir.default_path(config, recipe.env)
     return train(config, path)
+
+
+def _split(flags: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the words before -- and those after it."""
+    at = flags.index("--") if "--" in flags else len(flags)
+    return flags[:at], flags[at + 1 :]
 
 
 def _without_from(flags: list[str]) -> tuple[list[str], str | None]:
@@ -266,7 +281,7 @@ def _condense(box: str) -> str:
     message = " ".join(lines[rules[0] + 1 : rules[1]]) if len(rules) > 1 else " ".join(lines)
     message = re.sub(r"^Error parsing ", "", message)
     message = re.sub(
-        r"^(RunConfig|EvaluateFlags|BenchReplayFlags|BenchLearnerFlags|CheckEnvFlags|AdjustFlags|ReportFlags|DoctorFlags|\w+(?=: \w+\.\w)): ",
+        r"^(RunConfig|\w+Flags|\w+(?=: \w+\.\w)): ",
         "",
         message,
     )

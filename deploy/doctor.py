@@ -18,7 +18,9 @@ from deploy.run_dir import is_running, read_config, write_json
 
 _IDLE = 0.2  # From this part of its time on, a learner that waits is worth a sentence.
 _HELD = 0.15  # And actors that the limiter holds back although the learner waits.
-_WAITING = 0.3  # An actor that waits for answers for this part of its time; looking whether they are there takes some of it anyway.
+_WAITING = (
+    0.3  # An actor that waits for answers for this part of its time; looking whether they are there takes some of it anyway.
+)
 _BUSY = 0.7  # A shard that is busy for this part answers late: its queue is 1 / (1 - busy) calls long.
 _FULL = 0.93  # A host whose processors are busy for this part has no room for more.
 _LATE = 0.3  # The part of its time that a role is ready and has no processor, from which on processors are what is missing.

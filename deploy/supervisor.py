@@ -580,11 +580,11 @@ class Supervisor:
             self._note_worker("evaluator", result)
         elif result is not None:
             self._evaluating = False
-            self._next_evaluation = time.monotonic() + config.period_seconds
+            self._next_evaluation = time.monotonic() + (config.period_seconds or math.inf)
             self._take_evaluation(result)
         if self._evaluating:
             call = evaluator.call.remote("run", _CALL_SECONDS)
-        elif time.monotonic() < self._next_evaluation or self._progress.updates == 0:
+        elif config.period_seconds is None or time.monotonic() < self._next_evaluation or self._progress.updates == 0:
             call = evaluator.call.remote("rest", _CALL_SECONDS)
         else:
             self._evaluating = True
