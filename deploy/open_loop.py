@@ -166,9 +166,3 @@ def summarize(parts: Sequence[Answers], kind: int, *, warm_up: float, seconds: f
         p99=p99,
         late_p99=float(np.percentile(late, 99)) if len(late) else np.nan,
     )
-
-
-def closed_rate(parts: Sequence[Answers], kind: int, *, warm_up: float, seconds: float) -> float:
-    """Returns the answers per second of a closed loop, between warm-up and end."""
-    answered = np.concatenate([part.answered[part.kind == kind] for part in parts])
-    return float(((answered >= warm_up) & (answered < warm_up + seconds)).sum()) / seconds

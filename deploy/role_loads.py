@@ -355,7 +355,7 @@ class LearnerLoad:
             return [Point(axis=axis, offered=rate) for rate in rates]
         depth = self._config.learner.prefetch_batches
         depths = sorted({max(depth // 2, 1), depth, 2 * depth})
-        latencies = [factor * depth / limit for factor in (0.25, 0.5, 1.0, 2.0, 4.0)]
+        latencies = [factor * depth / limit for factor in (0.25, 0.5, 1.0, 2.0)]
         return [Point(axis=axis, offered=None, prefetch_batches=d, answer_seconds=s) for d in depths for s in latencies]
 
     def measure(self, point: Point, seconds: float) -> list[Row]:
@@ -369,7 +369,7 @@ class LearnerLoad:
         process = psutil.Process(ray.get(building, timeout=_TIMEOUT_SECONDS).pid)
         ask(self._worker, "start")
         try:
-            first = ask(self._worker, "run", max(seconds / 4, 0.5))
+            first = ask(self._worker, "run", max(seconds / 4, 0.2))
             before = cpu_usage.read([process])
             last = ask(self._worker, "run", seconds)
             usage = cpu_usage.between(before, cpu_usage.read([process]))
