@@ -7,14 +7,16 @@ each measures every point once. In the output directory: ROLE.csv, a line for ea
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import math
 import os
+import signal
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -64,7 +66,7 @@ def load_role(config: RunConfig, role: str, *, rates: tuple[float, ...], seconds
         from deploy.role_loads import load_of
 
         try:
-            with load_of(role, config, spec, Path(directory)) as (load, told):
+            with _interruptible(), load_of(role, config, spec, Path(directory)) as (load, told):
                 about.update(told)
                 run_rounds(load, rates, seconds, rounds, Table(out / f"{role}.csv", rows).add)
         except KeyboardInterrupt:
@@ -120,6 +122,17 @@ def _make_writable(out: Path) -> None:
         raise UserError(f"--out {out}: cannot be made ({error.strerror})") from error
     if not os.access(out, os.W_OK):
         raise UserError(f"--out {out}: no permission to write there")
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Has SIGTERM, for which Ray has a handler that ends the process, and SIGINT raise KeyboardInterrupt."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)  # None: one that is not Python's.
 
 
 class Table:
