@@ -49,7 +49,7 @@ def waiting_quantile(load, part):
         terms = ((load * (k - t)) ** k / math.factorial(k) * math.exp(-load * (k - t)) for k in range(math.floor(t) + 1))
         return (1 - load) * sum(terms)
 
-    low, high = 0.0, 20.0
+    low, high = 0.0, 40.0
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if not_longer(middle) < part else (low, middle)

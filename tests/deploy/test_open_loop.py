@@ -31,7 +31,7 @@ def test_poisson_arrivals_have_the_rate_and_its_variance():
 
 @pytest.mark.parametrize("load", [0.3, 0.7, 0.9])
 def test_latencies_of_one_server_are_those_of_the_queue_m_d_1(load):
-    """Kills: latency without the waiting (1 service time), and that of exponential service (at 0.7: p99 15, not 9)."""
+    """Kills: latency without the waiting (1 service time), and that of exponential service (at 0.7: p99 15, not 7.5)."""
     rng = np.random.default_rng(1)
     schedule = open_loop.poisson(rng, [load / SERVICE], warm_up=5.0, seconds=1_000.0, max_in_flight=10_000)
     found = summary(schedule, run(schedule, OneServer()))
