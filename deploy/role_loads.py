@@ -528,14 +528,12 @@ def _make_store_load(config: RunConfig, spec: EnvSpec, make_worker: Callable[[],
     store = make_worker()
     pid = _build(store, make_metered_store)
     peers = [make_worker() for _ in range(_STORE_PEERS)]
-    readers = max(1, config.actors.num_actors // len(peers))
-    pids = [_build(peer, make_store_peer, store, readers) for peer in peers]
+    pids = [_build(peer, make_store_peer, store) for peer in peers]
     load = StoreLoad(Peered(store, pid, peers, pids), config.seed, store, num_params)
     return load, {
         "params": num_params,
         "version_bytes": 4 * num_params,
         "versions_per_second": 1.0 / _VERSION_SECONDS,
-        "readers": readers * len(peers),
         "peers": len(peers),
         "max_in_flight": {"look": _MAX_IN_FLIGHT},
     }

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 INSERT, SAMPLE = 0, 1
 LOOK = 0
+LOOK_SECONDS = 1.0
+"""Between two looks of one reader."""
 _ANSWER_SECONDS = 60.0
 
 
@@ -146,42 +148,43 @@ class ShardCaller(RayCaller):
 
 
 class StoreCaller(RayCaller):
-    """Looks for newer parameters, as so many readers in turn, and maps those that it is told of."""
+    """Looks for newer parameters and maps those that it is told of. Each look is one of a reader that looked a second ago, as actors
+    do: it has what was the newest then."""
 
-    def __init__(self, store: Any, num_readers: int) -> None:
+    def __init__(self, store: Any) -> None:
         self._store = store
-        self._have = [(-1, -1)] * num_readers
-        self._next = 0
-        self._asked: dict[Any, tuple[int, float]] = {}  # By reference: the reader, and when.
-        self._known: dict[Any, tuple[int, int]] = {}  # Versions by the reference of their object.
+        self._learned = deque([(-np.inf, (-1, -1))])  # When, and which version; the first is what readers that look now have.
+        self._asked: dict[Any, float] = {}  # By reference.
+        self._known: tuple[Any, tuple[int, int]] | None = None  # The newest object, by its name, and its version.
         self.ages: list[float] = []
         """Seconds since its publication of each version that a reader had in hand; at most an answer's way too many."""
 
     def send(self, kind: int) -> Any:
-        reader, self._next = self._next, (self._next + 1) % len(self._have)
-        reference = self._store.call.remote("latest", *self._have[reader])
-        self._asked[reference] = reader, time.monotonic()
+        now = time.monotonic()
+        while len(self._learned) > 1 and self._learned[1][0] <= now - LOOK_SECONDS:
+            self._learned.popleft()
+        reference = self._store.call.remote("latest", *self._learned[0][1])
+        self._asked[reference] = now
         return reference
 
     def _take(self, reference: Any, answer: Any) -> None:
-        reader, asked = self._asked.pop(reference)
+        asked = self._asked.pop(reference)
         if answer is None:
             return
         named = answer.message
         message = ray.get(named, timeout=_ANSWER_SECONDS) if isinstance(named, ray.ObjectRef) else named
-        self._have[reader] = self._version_of(named, message)
+        version = self._version_of(named, message)
+        if version > self._learned[-1][1]:
+            self._learned.append((time.monotonic(), version))
         self.ages.append(answer.age_seconds + time.monotonic() - asked)
 
     def _version_of(self, named: Any, message: Array) -> tuple[int, int]:
-        """Reads a large object once, whoever of the readers has it: in a fleet that is the actors' work, on their cores."""
-        if not isinstance(named, ray.ObjectRef):
+        """Reads an object once, however many readers are told of it: in a fleet that is the actors' work, on their cores."""
+        name = named.hex() if isinstance(named, ray.ObjectRef) else None
+        if name is None or self._known is None or self._known[0] != name:
             snapshot = wire.unpack(message, ParamsSnapshot)
-            return snapshot.epoch, snapshot.version
-        name = named.hex()
-        if name not in self._known:
-            snapshot = wire.unpack(message, ParamsSnapshot)
-            self._known = {name: (snapshot.epoch, snapshot.version)}
-        return self._known[name]
+            self._known = name, (snapshot.epoch, snapshot.version)
+        return self._known[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +214,8 @@ def make_shard_peer(shard: Any, messages: Sequence[Array], batch_size: int, is_p
     return Peer(ShardCaller(shard, messages, batch_size, is_prioritized=is_prioritized, seed=seed))
 
 
-def make_store_peer(store: Any, num_readers: int) -> Peer:
-    return Peer(StoreCaller(store, num_readers))
+def make_store_peer(store: Any) -> Peer:
+    return Peer(StoreCaller(store))
 
 
 def random_priorities(rng: np.random.Generator, num: int) -> Array:

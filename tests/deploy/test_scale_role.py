@@ -6,16 +6,19 @@ import csv
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from one_server import SERVICE, OneServer, waiting_quantile
 
+from common import wire
 from common.errors import UserError
-from deploy import open_loop
+from common.messages import ParamsSnapshot
+from deploy import open_loop, role_peers
 from deploy.recipes import RECIPES
 from deploy.role_loads import Point, Row, ShardLoad, limited_by, loading_config
-from deploy.role_peers import Answering, Meter, SyntheticShard
+from deploy.role_peers import Answering, Meter, StoreCaller, SyntheticShard
 from deploy.scale_role import Table, limits, load_role, ramp, run_rounds, sentences
 
 
@@ -203,6 +206,27 @@ def test_a_synthetic_shard_answers_at_its_rate_and_as_late_as_it_is_told():
         slow.request(4)
         assert slow.collect(1.0) is not None
     assert now[0] == pytest.approx(1.9)  # The first at once, then ten a second.
+
+
+def test_a_look_is_of_a_reader_that_looked_a_second_ago(monkeypatch):
+    """So that, as in a fleet, every reader is told of every version: a reader that always had the newest would be told of none."""
+    asked, now = [], [100.0]
+
+    class Store:
+        call = SimpleNamespace(remote=lambda *question: asked.append(question) or len(asked))
+
+    monkeypatch.setattr(role_peers.time, "monotonic", lambda: now[0])
+    caller = StoreCaller(Store())
+    snapshot = ParamsSnapshot(run="r", epoch=0, version=3, layout="", params=np.zeros(2, np.float32))
+    answer = SimpleNamespace(message=wire.pack(snapshot), age_seconds=0.25)
+    first = caller.send(0)
+    now[0] = 100.1
+    caller._take(first, answer)
+    assert caller.ages == [pytest.approx(0.35)]
+    for when, version in ((100.2, (-1, -1)), (101.0, (-1, -1)), (101.2, (0, 3))):
+        now[0] = when
+        caller.send(0)
+        assert asked[-1] == ("latest", *version), when
 
 
 def test_a_meter_counts_what_is_spent_in_each_method():
