@@ -18,12 +18,13 @@ def draw_role(rows: Sequence[Row], found: dict[str, Any], *, title: str, out: Pa
     from matplotlib import pyplot
 
     axes = list(found)
-    with_depths = any(row.answer_ms > 0 for row in rows)
     figure, panels = pyplot.subplots(1, len(axes), figsize=(5.5 * len(axes), 4.2), squeeze=False, layout="constrained")
     for axis, panel in zip(axes, panels[0], strict=True):
         mine = [row for row in rows if row.axis == axis]
-        if with_depths and any(row.answer_ms > 0 for row in mine):
+        if axis == "answers":
             _draw_depths(panel, mine, found[axis]["update"]["limit"]["median"])
+        elif axis == "updates":
+            _draw_updates(panel, mine, found[axis]["update"]["limit"]["median"])
         else:
             _draw_latencies(panel, mine, found[axis])
     figure.suptitle(title)
@@ -61,6 +62,22 @@ def _draw_latencies(panel: Any, rows: Sequence[Row], calls: dict[str, Any]) -> N
     panel.legend(fontsize="x-small", loc="upper left")
 
 
+def _draw_updates(panel: Any, rows: Sequence[Row], limit: float) -> None:
+    """Updates a second and the part of the time without a batch, against the batches that shards offer."""
+    opened = [row for row in rows if row.loop == "open"]
+    offered = [row.offered_per_second for row in opened]
+    panel.plot(offered, [row.carried_per_second for row in opened], "o", color="C0", alpha=0.7, label="updates/s")
+    panel.axline((0.0, 0.0), slope=1.0, color="0.7", linewidth=1)
+    panel.axhline(limit, color="0.5", linewidth=1, label=f"limit {limit:,.1f} updates/s")
+    panel.set(xlabel="batches offered a second", ylabel="updates/s", xlim=(0, None), ylim=(0, None))
+    waiting = panel.twinx()
+    waiting.plot(offered, [row.wait_fraction for row in opened], "x", color="C3", label="waits, part of the time")
+    waiting.set(ylabel="part of the time without a batch", ylim=(0, 1))
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize="x-small", loc="upper left")
+    waiting.legend(fontsize="x-small", loc="upper right")
+
+
 def _draw_depths(panel: Any, rows: Sequence[Row], limit: float) -> None:
     """Updates a second against how late shards answer; dotted: what the depth allows, its batches in an answer's time."""
     late = [row for row in rows if row.answer_ms > 0]
@@ -70,7 +87,7 @@ def _draw_depths(panel: Any, rows: Sequence[Row], limit: float) -> None:
         panel.plot(
             [row.answer_ms for row in mine],
             [row.carried_per_second for row in mine],
-            "o-",
+            "o",
             color=color,
             markersize=4,
             label=f"prefetch_batches {depth:.0f}",

@@ -56,7 +56,8 @@ _LEAD_SECONDS = 0.3  # For a schedule to reach the peers.
 _TIMEOUT_SECONDS = 300.0
 _BUSY = 0.9  # Of a processor, from which on a thread counts as all that it can do.
 _FULL = 0.95  # Of the host, from which on its processors do.
-_SHORT = 0.03  # Of what was offered, from which on a point counts as not carried.
+_SHORT = 0.03  # Of what was offered, from which on a point counts as not carried,
+_FEWEST_MISSING = 8  # where so many calls are missing at least: fewer are on their way when the time is over.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +87,7 @@ class Row:
     offered_per_second: float
     carried_per_second: float
     shortfall: float
-    """Part of what was offered that was not answered in its time."""
+    """Part of what was offered that was not answered in its time; 0 below 3 %, or where fewer than 8 calls are missing."""
     p50_ms: float = math.nan
     """From when a call was due to its answer; learner: from the end of an update to the end of the next."""
     p95_ms: float = math.nan
@@ -126,6 +127,12 @@ def limited_by(*, is_short: bool, role_thread: float, busiest_peer: float, host:
     if host >= _FULL:
         return "cores"
     return "transport" if is_short else ""
+
+
+def shortfall_of(offered: float, carried: float, num_missing: float) -> float:
+    """Returns the part of what was offered that was not carried, see `Row.shortfall`; rates in any unit."""
+    part = 1.0 - carried / offered if offered > 0 else 0.0
+    return part if part > _SHORT and num_missing >= _FEWEST_MISSING else 0.0
 
 
 class Measured(NamedTuple):
@@ -232,7 +239,8 @@ class PeeredLoad:
         summary = open_loop.summarize(answers, kind, warm_up=warm_up, seconds=seconds)
         carried = each * summary.carried_per_second
         offered = each * summary.offered_per_second if is_open else math.nan
-        shortfall = max(1.0 - carried / offered, 0.0) if is_open and offered else math.nan
+        missing = (summary.offered_per_second - summary.carried_per_second) * seconds
+        shortfall = shortfall_of(offered, carried, missing) if is_open else math.nan
         num_answered = sum(int((~np.isnan(part.answered[part.kind == kind])).sum()) for part in answers)
         spent = measured.spent
         in_methods = sum(spent.cpu.get(method, 0.0) for method in self.methods[kind])
@@ -263,7 +271,7 @@ class PeeredLoad:
             busiest_peer_thread_cores=max(measured.peers.main_threads),
             host_cpu_fraction=measured.role.machine,
             limited_by=limited_by(
-                is_short=not is_open or shortfall > _SHORT,
+                is_short=not is_open or shortfall > 0.0,
                 role_thread=measured.role.main_threads[0],
                 busiest_peer=max(measured.peers.main_threads),
                 host=measured.role.machine,
@@ -378,14 +386,16 @@ class LearnerLoad:
         elapsed = last.seconds - first.seconds
         updates = (last.stats.updates - first.stats.updates) / elapsed
         busy = (last.stats.busy_seconds - first.stats.busy_seconds) / elapsed
-        shortfall = math.nan if point.offered is None else max(1.0 - updates / point.offered, 0.0)
+        is_open = point.offered is not None
+        missing = elapsed * (point.offered - updates) if point.offered is not None else 0.0
+        shortfall = shortfall_of(point.offered, updates, missing) if point.offered is not None else math.nan
         return [
             Row(
                 role=self.role,
                 axis=point.axis,
                 call="update",
                 unit=self.unit,
-                loop="closed" if point.offered is None else "open",
+                loop="open" if is_open else "closed",
                 offered_per_second=math.nan if point.offered is None else point.offered,
                 carried_per_second=updates,
                 shortfall=shortfall,
@@ -409,7 +419,7 @@ class LearnerLoad:
 
     def _limited_by(self, point: Point, shortfall: float, busy: float, usage: cpu_usage.Usage) -> str:
         """On a GPU the thread waits for the device in its methods: busy says what its processor time does not."""
-        is_short = shortfall > _SHORT if point.offered is not None else point.answer_seconds == 0.0
+        is_short = shortfall > 0.0 if point.offered is not None else point.answer_seconds == 0.0
         thread = max(busy if usage.machine < _FULL else 0.0, usage.main_threads[0])
         found = limited_by(is_short=is_short, role_thread=thread, busiest_peer=0.0, host=usage.machine)
         return "peers" if point.answer_seconds > 0.0 and busy < _BUSY and usage.machine < _FULL else found

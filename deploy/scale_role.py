@@ -184,7 +184,7 @@ def run_rounds(
             )
             for point in plan[axis]:
                 for row in _measure(load, point, seconds, number, add):
-                    if row.loop == "open" and row.limited_by and row.shortfall > 0.03:
+                    if row.shortfall > 0.0:
                         tell(
                             f"  {row.call}: offered {row.offered_per_second:,.0f}/s, carried {row.carried_per_second:,.0f}/s ({row.limited_by})"
                         )
@@ -211,7 +211,7 @@ def limits(rows: Sequence[Row]) -> dict[str, Any]:
             continue
         carried = [row.carried_per_second for row in closed]
         limit = statistics.median(carried)
-        curve = ramp(mine)
+        curve = ramp(mine) if closed[0].role != "learner" else []  # Whose intervals grow where less is offered.
         found.setdefault(axis, {})[call] = {
             "unit": f"{closed[0].unit}/s",
             "limit": {"min": min(carried), "median": limit, "max": max(carried)},
@@ -279,7 +279,7 @@ def sentences(role: str, rows: Sequence[Row], found: dict[str, Any], batch_size:
         line += f"; {batch_size * limit['median']:,.0f} samples/s" if role == "learner" else ""
         each = of["role_cpu_us_each"]
         if each is not None:
-            line += f"; {each:,.1f} us of CPU each, {of['role_thread_us_each']:,.1f} of them in the thread that does the work"
+            line += f"; {_time(each)} of CPU each, {_time(of['role_thread_us_each'])} of it in the thread that does the work"
         lines.append(line)
     lines += _told_of_depths(rows)
     held = Counter(row.limited_by for row in rows if row.loop == "open")
@@ -308,6 +308,10 @@ def _told_of_depths(rows: Sequence[Row]) -> list[str]:
             f"with --learner.prefetch-batches {depth:.0f} shards may take {slowest} to answer before the learner waits"
         )
     return lines
+
+
+def _time(microseconds: float) -> str:
+    return f"{microseconds:.1f} us" if microseconds < 1e3 else f"{microseconds / 1e3:.1f} ms"
 
 
 def _plural(call: str) -> str:

@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.messages import ParamsSnapshot
 from deploy import open_loop, role_peers
 from deploy.recipes import RECIPES
-from deploy.role_loads import Point, Row, ShardLoad, limited_by, loading_config
+from deploy.role_loads import Point, Row, ShardLoad, limited_by, loading_config, shortfall_of
 from deploy.role_peers import Answering, Meter, StoreCaller, SyntheticShard
 from deploy.scale_role import Table, limits, load_role, ramp, run_rounds, sentences
 
@@ -102,6 +102,13 @@ def test_given_rates_are_what_is_offered():
 )
 def test_what_holds_a_point_back(is_short, thread, peer, host, expected):
     assert limited_by(is_short=is_short, role_thread=thread, busiest_peer=peer, host=host) == expected
+
+
+def test_a_few_calls_on_their_way_at_the_end_are_no_shortfall():
+    assert shortfall_of(100.0, 75.0, 25) == 0.25
+    assert shortfall_of(8.0, 5.0, 3) == 0.0  # Three calls.
+    assert shortfall_of(10_000.0, 9_800.0, 200) == 0.0  # Two in a hundred.
+    assert shortfall_of(100.0, 120.0, -20) == shortfall_of(0.0, 0.0, 0) == 0.0
 
 
 def test_the_table_is_there_line_by_line_and_leaves_out_what_does_not_apply(tmp_path):
