@@ -280,6 +280,8 @@ def sentences(role: str, rows: Sequence[Row], found: dict[str, Any], batch_size:
         each = of["role_cpu_us_each"]
         if each is not None:
             line += f"; {_time(each)} of CPU each, {_time(of['role_thread_us_each'])} of it in the thread that does the work"
+            if of["limited_by"] == "cores" and role != "learner":
+                line += f": {1e6 / of['role_thread_us_each']:,.0f}/s with a core to itself (projected)"
         lines.append(line)
     lines += _told_of_depths(rows)
     held = Counter(row.limited_by for row in rows if row.loop == "open")

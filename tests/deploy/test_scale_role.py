@@ -149,7 +149,9 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
 
 def test_sentences_say_where_the_machine_was_the_limit():
     rows = [
-        make_row(loop="closed", carried_per_second=80_000.0, limited_by="cores"),
+        make_row(
+            loop="closed", carried_per_second=80_000.0, limited_by="cores", role_cpu_us_each=11.0, role_thread_us_each=8.0
+        ),
         make_row(offered_per_second=8_000.0, carried_per_second=8_000.0, p99_ms=2.0),
         make_row(offered_per_second=80_000.0, carried_per_second=70_000.0, p99_ms=90.0, limited_by="cores"),
         make_row(offered_per_second=90_000.0, carried_per_second=70_000.0, p99_ms=99.0, limited_by="peers"),
@@ -181,6 +183,31 @@ def test_sentences_say_how_late_shards_may_answer_at_each_depth():
         "with --learner.prefetch-batches 2 shards may take up to 10 ms to answer before the learner waits",
         "with --learner.prefetch-batches 4 shards may take up to 40 ms to answer before the learner waits",
     ]
+
+
+@pytest.mark.parametrize("role", ["shard", "learner"])
+def test_a_picture_has_a_panel_for_each_axis(tmp_path, role):
+    from matplotlib import image
+
+    from deploy.role_figure import draw_role
+
+    if role == "shard":
+        kinds = [("insert", "insert"), ("sample", "sample"), ("both", "insert"), ("both", "sample")]
+    else:
+        kinds = [("updates", "update"), ("answers", "update")]
+    rows = []
+    for axis, call in kinds:
+        rows.append(make_row(role=role, axis=axis, call=call, loop="closed", carried_per_second=100.0, limited_by="role"))
+        late = [
+            make_row(role=role, axis=axis, call=call, loop="closed", answer_ms=m, prefetch_batches=2.0) for m in (5.0, 50.0)
+        ]
+        opened = [
+            make_row(role=role, axis=axis, call=call, offered_per_second=r, carried_per_second=r, p50_ms=1.0, p99_ms=1.0 + r)
+            for r in (10.0, 50.0, 90.0)
+        ]
+        rows += late if axis == "answers" else opened
+    draw_role(rows, limits(rows), title="one", out=tmp_path / "one.png")
+    assert image.imread(tmp_path / "one.png").shape[1] == 660 * len({axis for axis, _ in kinds})
 
 
 @pytest.mark.parametrize("axis", ["insert", "sample", "both"])
