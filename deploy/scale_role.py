@@ -72,6 +72,7 @@ def load_role(config: RunConfig, role: str, *, rates: tuple[float, ...], seconds
         except KeyboardInterrupt:
             is_interrupted = True
     if not rows:
+        print("interrupted before anything was measured")
         return 130
     found = limits(rows)
     card = {
