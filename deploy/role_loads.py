@@ -47,7 +47,8 @@ _PLAYED = 10_000  # Transitions that are played, and sent again and again.
 _HELD = 100_000  # Transitions in the shard, as far as its share has room for them.
 _RECORDED_BATCHES = 8
 _MAX_IN_FLIGHT = 256
-_CLOSED_IN_FLIGHT = 16
+_CLOSED_IN_FLIGHT = 64
+_LEAST_IN_FLIGHT = 16
 _MOST_CALLS_PER_SECOND = 20_000
 _STORE_PEERS = 4
 _VERSION_SECONDS = 1.0
@@ -217,7 +218,7 @@ class PeeredLoad:
                 shares,
                 warm_up=warm_up,
                 seconds=seconds,
-                max_in_flight=-(-_CLOSED_IN_FLIGHT // num_peers),
+                max_in_flight=-(-min(_CLOSED_IN_FLIGHT, self._max_in_flight) // num_peers),
                 most=int(_MOST_CALLS_PER_SECOND * 1.25 * seconds / num_peers),
             )
             if point.offered is None
@@ -512,7 +513,7 @@ def _make_shard_load(
     ]
     per_insert = sum(wire.unpack(message, TransitionChunk).num_transitions for message in messages) / len(messages)
     reply_bytes = len(ask(shard, "sample", batch_size).batch)
-    bound = int(min(max(int(config.object_store_memory) / 4 / reply_bytes, _CLOSED_IN_FLIGHT), _MAX_IN_FLIGHT))
+    bound = int(min(max(int(config.object_store_memory) / 4 / reply_bytes, _LEAST_IN_FLIGHT), _MAX_IN_FLIGHT))
     load = ShardLoad(
         Peered(shard, pid, peers, pids),
         {"insert": _MAX_IN_FLIGHT, "sample": bound, "both": bound},
