@@ -36,6 +36,7 @@ from common.messages import Array, TransitionChunk
 from common.metrics import PushCounts, ShardStats
 from common.protocols import InsertReply, ReplayReader, SampleReply
 from deploy import roles
+from deploy.cpu_usage import cpu_seconds
 from deploy.run_dir import hardware, versions
 
 if TYPE_CHECKING:
@@ -141,11 +142,16 @@ def measure(messages: Sequence[Array], spec: EnvSpec, flags: BenchReplayFlags) -
 
 def record_chunks(flags: BenchReplayFlags) -> list[Array]:
     """Returns packed TransitionChunks of at least `flags.transitions`, played at random."""
+    return play_chunks(run_config(flags), flags.transitions)
+
+
+def play_chunks(config: RunConfig, num_transitions: int) -> list[Array]:
+    """Returns packed TransitionChunks of at least so many transitions, as an actor of this run makes them; its network values all
+    actions alike, so it is the exploration that says how it plays."""
     from actors.actor import Actor
     from actors.environments import make_environment
 
-    config = run_config(flags)
-    environment = make_environment(config.env, _NUM_ENVS, num_threads=os.cpu_count() or 1)
+    environment = make_environment(config.env, config.actors.num_envs, num_threads=os.cpu_count() or 1)
     writer = _Recorder()
     network: Any = _ZeroNetwork(environment.spec.num_actions)
     actor = Actor(
@@ -157,11 +163,11 @@ def record_chunks(flags: BenchReplayFlags) -> list[Array]:
         run=RUN,
         slot=0,
         incarnation=0,
-        seed=flags.seed,
+        seed=config.seed,
         env_steps=0,
         priority_floor=1e-3,
     )
-    while writer.num_transitions < flags.transitions:
+    while writer.num_transitions < num_transitions:
         actor.step()
         actor.send_waiting(0.0)
     environment.close()
@@ -443,9 +449,9 @@ def _measure_on_ray(messages: Sequence[Array], spec: EnvSpec, flags: BenchReplay
         grown = sum(process.memory_info().rss for process in processes) - before
         num_inserted = sum(stats.num_inserted for stats in answer([shard.call.remote("stats") for shard in shards]))
         answer(consumer.call.remote("start"))
-        cpu_before = _cpu_seconds(processes)
+        cpu_before = sum(map(cpu_seconds, processes))
         seconds, batches, latencies = answer(consumer.call.remote("run", flags.seconds))
-        cpu_seconds = _cpu_seconds(processes) - cpu_before
+        taken = sum(map(cpu_seconds, processes)) - cpu_before
         pushing = producer.call.remote("run", flags.seconds)
         both_seconds, both_batches, both_latencies = answer(consumer.call.remote("run", flags.seconds))
         push_seconds, pushes = answer(pushing)
@@ -458,7 +464,7 @@ def _measure_on_ray(messages: Sequence[Array], spec: EnvSpec, flags: BenchReplay
             insert=_timing(inserts, insert_seconds, num_inserted),
             sample=sample,
         ) | {
-            "shard_cpu_per_second": cpu_seconds / seconds,
+            "shard_cpu_per_second": taken / seconds,
             "both_insert": asdict(_timing(pushes, push_seconds, len(pushes) * per_chunk)),
             "both_sample": asdict(_timing(both_latencies, both_seconds, len(both_batches) * flags.batch_size)),
         }
@@ -502,10 +508,6 @@ def _figures(flags: BenchReplayFlags, *, num_inserted: int, grown: int, insert: 
 def _timing(calls: Sequence[float], seconds: float, num_transitions: float) -> Timing:
     p50, p99 = np.percentile(calls, [50, 99]) * 1e3
     return Timing(num_transitions / seconds, float(p50), float(p99))
-
-
-def _cpu_seconds(processes: Sequence[psutil.Process]) -> float:
-    return float(sum(times.user + times.system for times in (process.cpu_times() for process in processes)))
 
 
 def run_config(flags: BenchReplayFlags, messages: Sequence[Array] = ()) -> RunConfig:

@@ -19,6 +19,7 @@ from common.errors import UserError
 from common.metrics import LearnerStats, ShardStats
 from deploy import roles
 from deploy.bench import RUN, local_ray
+from deploy.cpu_usage import cpu_seconds, machine_busy_seconds
 from deploy.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -172,21 +173,13 @@ class System:
         now, seconds = time.monotonic(), defaultdict(float)
         for name, process in self.processes.items():
             if name != "learner":
-                seconds[name] = _of(process)
+                seconds[name] = cpu_seconds(process)
         mine = {process.pid for process in self.processes.values()}
         here = psutil.Process()
-        seconds["ray"] = _of(here) + sum(_of(child) for child in here.children(recursive=True) if child.pid not in mine)
-        machine = psutil.cpu_times()
-        seconds["machine"] = sum(machine) - machine.idle - machine.iowait - machine.guest - machine.guest_nice
+        children = (child for child in here.children(recursive=True) if child.pid not in mine)
+        seconds["ray"] = cpu_seconds(here) + sum(map(cpu_seconds, children))
+        seconds["machine"] = machine_busy_seconds()
         return {name: (now, value) for name, value in seconds.items()}
-
-
-def _of(process: psutil.Process) -> float:
-    try:
-        times = process.cpu_times()
-    except psutil.NoSuchProcess:  # One of Ray's own came and went.
-        return 0.0
-    return float(times.user + times.system)
 
 
 def _figures(
