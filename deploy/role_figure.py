@@ -59,7 +59,7 @@ def _draw_latencies(panel: Any, rows: Sequence[Row], calls: dict[str, Any]) -> N
     panel.set(xlabel="offered, as part of the limit" if several else f"offered {of['unit']}", ylabel="ms", yscale="log")
     panel.set_title("x: processors, peers or Ray were the limit, not the role", fontsize="small")
     panel.grid(alpha=0.3)
-    panel.legend(fontsize="x-small", loc="upper left")
+    panel.legend(fontsize="x-small", loc="best", framealpha=0.6)
 
 
 def _draw_updates(panel: Any, rows: Sequence[Row], limit: float) -> None:
