@@ -70,20 +70,24 @@ class ScaleFlags:
     """Loads this role alone, by synthetic peers, until it is full; no axis then."""
     rates: tuple[float, ...] = ()
     """With --role: what the peers ask of it, a second. None given: rising until it is full."""
+    role_seconds: float = 2.0
+    """With --role: seconds at each rate of each round."""
 
     def __post_init__(self) -> None:
         for name in ("actors", "envs_per_actor", "shards", "batch_size", "devices", "samples_per_insert", "rates"):
             if any(value != "none" and value <= 0 for value in getattr(self, name)):
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
-        for name in ("rounds", "seconds"):
+        for name in ("rounds", "seconds", "role_seconds"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
         if self.warm_up_seconds < 0 or self.seed < 0:
             raise ValueError("--warm-up-seconds and --seed must not be negative")
         if self.rates and self.role is None:
             raise ValueError("--rates is what a role is loaded with: name it with --role")
         if self.role is not None and (axes := self.axes()):
             raise ValueError(f"--role loads one role alone: leave out --{next(iter(axes)).replace('_', '-')}")
+        if self.role is not None and self.address is not None:
+            raise ValueError("--role loads a role on a Ray of its own, on this machine: leave out --address")
 
     def axes(self) -> dict[str, tuple[Any, ...]]:
         """Returns the values of the axes that are given, by name."""
@@ -123,7 +127,7 @@ def scale(
     if flags.role is not None:
         from deploy.scale_role import load_role
 
-        return load_role(config, flags.role, rates=flags.rates, seconds=flags.seconds, rounds=flags.rounds, out=out)
+        return load_role(config, flags.role, rates=flags.rates, seconds=flags.role_seconds, rounds=flags.rounds, out=out)
     _check_words(words)
     try:
         config = replace(config, address=flags.address)
