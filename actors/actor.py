@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import deque
@@ -99,6 +100,7 @@ class Actor:
             params_version=0,
             epsilon=1.0,
         )
+        self._environments = np.arange(num_envs)
         self._stacks = np.zeros((num_envs, spec.frame_stack, *spec.plane_shape), np.dtype(spec.plane_dtype))
         self._plane = np.full(num_envs, -1, np.int64)  # Number of the newest plane of each environment.
         self._first = np.zeros(num_envs, np.int64)  # Number of the plane with which its episode began.
@@ -171,7 +173,7 @@ class Actor:
         if self._actions is not None:
             self._actions += actions.astype(np.int16).tobytes()
         self._num_steps += 1
-        self._stats.epsilon = float(epsilon.mean())
+        self._stats.epsilon = float(epsilon.sum()) / len(epsilon)
         self._returns += result.episode_return[~np.isnan(result.episode_return)].tolist()
         source = self._plane.copy()
         first = self._first.copy()
@@ -181,7 +183,7 @@ class Actor:
             transitions = self._n_step.add(
                 source=source,
                 a_tm1=actions,
-                extra=values[np.arange(len(actions)), actions].astype(np.float64),
+                extra=values[self._environments, actions].astype(np.float64),
                 reward=result.reward,
                 terminated=result.terminated,
                 truncated=result.truncated,
@@ -298,10 +300,7 @@ class Actor:
         """Returns f64[E]. The fleet's env steps are taken to be this slot's times the number of slots."""
         config, num_envs = self._config.exploration, self._environment.num_envs
         if config.kind == "ladder":
-            num = self._config.num_actors * num_envs
-            rungs = range(self._slot * num_envs, (self._slot + 1) * num_envs)
-            ladder = [schedules.ladder(i, num, base=config.ladder_base, exponent=config.ladder_exponent) for i in rungs]
-            return np.array(ladder)
+            return self._ladder
         if config.kind == "multiplicative":
             version = self._stats.params_version
             epsilon = schedules.multiplicative(version, initial=config.initial, final=config.final, rate=config.decay_rate)
@@ -309,6 +308,14 @@ class Actor:
             steps = self._stats.env_steps * self._config.num_actors
             epsilon = schedules.linear(steps, initial=config.initial, final=config.final, num=config.decay_steps)
         return np.full(num_envs, epsilon)
+
+    @functools.cached_property
+    def _ladder(self) -> Array:
+        """f64[E], of the rungs of this slot."""
+        config, num_envs = self._config.exploration, self._environment.num_envs
+        num = self._config.num_actors * num_envs
+        rungs = range(self._slot * num_envs, (self._slot + 1) * num_envs)
+        return np.array([schedules.ladder(i, num, base=config.ladder_base, exponent=config.ladder_exponent) for i in rungs])
 
     def _push_result(self, result: Step) -> dict[int, float]:
         """Takes in the new observations; returns the value of last observations that will not be acted on, by environment."""
@@ -327,12 +334,13 @@ class Actor:
 
     def _push_planes(self, planes: Array, is_first: Array, only: Array | None = None) -> None:
         """Adds one plane to every stack (or to those of `only`); stacks of a new episode begin with zeros."""
-        rows = np.arange(len(planes)) if only is None else np.flatnonzero(only)
+        rows = slice(None) if only is None else np.flatnonzero(only)
         push_planes(self._stacks, planes, is_first, rows)
         self._plane[rows] += 1 + is_first[rows]  # A new episode's first plane follows a zero plane.
         self._first[is_first] = self._plane[is_first]
-        for row in rows.tolist():
-            if is_first[row]:
+        begins = is_first.tolist()
+        for row in self._environments[rows].tolist():
+            if begins[row]:
                 self._chunks[row].begin_episode()
             self._chunks[row].add_plane(planes[row])
 
@@ -348,14 +356,13 @@ class Actor:
         t = transitions
         target = t.r_t + t.discount_t * self._rescaling.apply_inv(torch.from_numpy(bootstrap)).numpy()[t.env]
         td_error = self._rescaling.apply(torch.from_numpy(target)).numpy() - t.extra
-        priorities = priority(td_error, floor=self._priority_floor).tolist()
-        rows = zip(t.env.tolist(), t.source.tolist(), t.destination.tolist(), t.a_tm1.tolist(), strict=True)
-        scalars = zip(t.r_t.tolist(), t.discount_t.tolist(), priorities, strict=True)
-        for (env, source, destination, a_tm1), row_scalars in zip(rows, scalars, strict=True):
-            self._chunks[env].add_transition(source, destination, int(first[env]), a_tm1, row_scalars)
+        columns = (t.source, t.destination, first[t.env], t.a_tm1, t.r_t, t.discount_t)
+        priorities = priority(td_error, floor=self._priority_floor)
+        rows = zip(*[column.tolist() for column in (*columns, priorities)], strict=True)
+        for env, row in zip(t.env.tolist(), rows, strict=True):
+            self._chunks[env].add_transition(row)
         for chunk in self._chunks:
-            too_large = chunk.num_bytes >= self._config.chunk_bytes
-            if chunk.num_transitions >= self._config.chunk_transitions or (too_large and chunk.num_transitions):
+            if chunk.is_full(self._config.chunk_transitions, self._config.chunk_bytes):
                 self._pack(chunk)
 
     def _pack(self, chunk: ChunkBuilder) -> None:

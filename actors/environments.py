@@ -119,7 +119,8 @@ class AtariEnvironment:
         frame_number = info["episode_frame_number"].astype(np.int64)
         is_first = self._ended & (self._truncated | (frame_number <= self._frame_number))
         episode_return = np.where(is_first, self._returns, np.nan)
-        self._returns = np.where(is_first, 0.0, self._returns + reward)
+        self._returns += reward
+        self._returns[is_first] = 0.0
         self._ended, self._truncated, self._frame_number = terminated | truncated, truncated, frame_number
         return Step(planes[:, 0], reward.astype(np.float64), terminated, truncated, is_first, None, episode_return)
 
