@@ -53,11 +53,6 @@ class ChunkBuilder:
         last = len(self._blocks[-1]) if self._blocks else 0
         return (self._num_planes - self._num_planes_sent) * last // self._per_block
 
-    def is_full(self, max_transitions: int, max_bytes: int) -> bool:
-        """Whether a chunk is to be taken: it has so many transitions, or one and so many bytes."""
-        num_transitions = len(self._rows)
-        return num_transitions >= max_transitions or (num_transitions > 0 and self.num_bytes >= max_bytes)
-
     def begin_episode(self) -> None:
         """Adds the zero plane that stands for what was before the next plane."""
         self.add_plane(np.zeros_like(self._open[0]))
