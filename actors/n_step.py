@@ -124,17 +124,17 @@ class NStepBuilder:
         windows = [
             np.concatenate(pair, axis=1) for pair in ((self._source, source.T), (self._a_tm1, a_tm1.T), (self._extra, extra.T))
         ]
-        step, env = np.nonzero(self._count + np.arange(1, num_steps + 1)[:, None] >= self._n)
+        column, env = np.nonzero(self._count + np.arange(1, num_steps + 1)[:, None] >= self._n)
         self._returns = returns[:, num_steps:].copy()
         self._source, self._a_tm1, self._extra = (window[:, num_steps:].copy() for window in windows)
         self._count = np.minimum(self._count + num_steps, self._n)
-        of_source, of_a_tm1, of_extra = (window[env, step + 1] for window in windows)
+        of_source, of_a_tm1, of_extra = (window[env, column + 1] for window in windows)
         return Transitions(
             env=env,
             source=of_source,
-            destination=destination[step, env],
+            destination=destination[column, env],
             a_tm1=of_a_tm1,
-            r_t=returns[env, step + 1],
+            r_t=returns[env, column + 1],
             discount_t=np.full(len(env), self._discounts[0]),
             extra=of_extra,
         )
