@@ -136,13 +136,18 @@ class Actor:
         return self.stats()
 
     def send_waiting(self, timeout_seconds: float) -> bool:
-        """Sends the chunks that are ready; returns whether all are sent and replay may be given more."""
+        """Sends the chunks that are ready; returns whether to act on.
+
+        For answers alone it does not stand still: while replay asks for no pause, a chunk of each environment may wait to be sent.
+        """
         while True:
             since = time.monotonic()
             with self._clock("push_wait"):
-                waits_for = self._replay.wait_until_ready(timeout_seconds)
+                waits_for = self._replay.wait_until_ready(0.0 if self._acts_meanwhile() else timeout_seconds)
             self._stats.waiting_seconds += time.monotonic() - since
             if waits_for is not None:
+                if self._acts_meanwhile():
+                    return True
                 self._stats.waits_for = waits_for
                 return False
             if not self._outbox:
@@ -151,6 +156,9 @@ class Actor:
             self._stats.sent += chunk.num_transitions
             with self._clock("push"):
                 self._replay.push(chunk)
+
+    def _acts_meanwhile(self) -> bool:
+        return len(self._outbox) <= self._environment.num_envs and not self._replay.asks_for_pause()
 
     def step(self) -> None:
         """Acts once in every environment."""

@@ -48,6 +48,9 @@ class ReplayWriter(Protocol):
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         """Returns None as soon as a chunk may be pushed, or after the timeout the sentence who waits for what."""
 
+    def asks_for_pause(self) -> bool:
+        """Whether replay itself asked for a pause when last looked at: else it is only answers that are not there yet. Never blocks."""
+
     def push(self, chunk: TransitionChunk) -> None:
         """Sends a chunk to one shard. Call it after `wait_until_ready` said None."""
 

@@ -188,6 +188,9 @@ class _Recorder:
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         return None
 
+    def asks_for_pause(self) -> bool:
+        return False
+
     def push(self, chunk: TransitionChunk) -> None:
         self.messages.append(wire.pack(chunk))
         self.num_transitions += chunk.num_transitions

@@ -20,6 +20,7 @@ class LocalReplayWriter:
         self._shards = shards
         self._next = 0  # Whose turn it is.
         self._counts = PushCounts()
+        self._asked_for_pause = False
 
     def state(self) -> list[int]:
         return [self._next, self._counts.inserted, self._counts.refused]
@@ -29,7 +30,11 @@ class LocalReplayWriter:
 
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         sentences = [shard.ask_to_insert() for shard in self._shards]
-        return None if None in sentences else sentences[0]
+        self._asked_for_pause = None not in sentences
+        return sentences[0] if self._asked_for_pause else None
+
+    def asks_for_pause(self) -> bool:
+        return self._asked_for_pause
 
     def push(self, chunk: TransitionChunk) -> None:
         while self._shards[self._next].ask_to_insert() is not None:

@@ -143,6 +143,9 @@ class _Reader:
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         return None
 
+    def asks_for_pause(self) -> bool:
+        return False
+
     def counts(self) -> PushCounts:
         return PushCounts()
 

@@ -142,6 +142,9 @@ class RayReplayWriter:
             else:
                 time.sleep(min(_POLL_SECONDS, rest))
 
+    def asks_for_pause(self) -> bool:
+        return None not in self._waits_for
+
     def push(self, chunk: TransitionChunk) -> None:
         while not self._takes(self._next):
             self._next = (self._next + 1) % len(self._shards)

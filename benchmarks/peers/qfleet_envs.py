@@ -56,6 +56,9 @@ class DroppingWriter:
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         return None
 
+    def asks_for_pause(self) -> bool:
+        return False
+
     def push(self, chunk: TransitionChunk) -> None:
         wire.pack(chunk)
 

@@ -127,14 +127,20 @@ class RecordingWriter:
         """Next answers; None for ever where it is empty."""
         self.messages: list[np.ndarray] = []
         self.replies: list[InsertReply] = []
-        self._may_push = False
+        self.is_slow = False
+        """It asks for no pause: that it is not ready means that answers are not there yet."""
+        self._may_push = self._asks_for_pause = False
 
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         assert timeout_seconds >= 0
         answer = self.waits_for.pop(0) if self.waits_for else None
         self._tape.append("ready" if answer is None else "wait")
         self._may_push = answer is None
+        self._asks_for_pause = answer is not None and not self.is_slow
         return answer
+
+    def asks_for_pause(self) -> bool:
+        return self._asks_for_pause
 
     def push(self, chunk) -> None:
         assert self._may_push, "pushed without being told that replay is ready"
