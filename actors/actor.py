@@ -152,10 +152,10 @@ class Actor:
                 return False
             if not self._outbox:
                 return True
-            chunk = self._outbox.popleft()
-            self._stats.sent += chunk.num_transitions
             with self._clock("push"):
-                self._replay.push(chunk)
+                num_pushed = self._replay.push(self._outbox)
+            for _ in range(num_pushed):
+                self._stats.sent += self._outbox.popleft().num_transitions
 
     def _acts_meanwhile(self) -> bool:
         return len(self._outbox) <= self._environment.num_envs and not self._replay.asks_for_pause()

@@ -5,6 +5,7 @@ No handle blocks longer than the timeout it is given, and none raises for a peer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,8 +52,8 @@ class ReplayWriter(Protocol):
     def asks_for_pause(self) -> bool:
         """Whether replay itself asked for a pause when last looked at: else it is only answers that are not there yet. Never blocks."""
 
-    def push(self, chunk: TransitionChunk) -> None:
-        """Sends a chunk to one shard. Call it after `wait_until_ready` said None."""
+    def push(self, chunks: Sequence[TransitionChunk]) -> int:
+        """Sends the first of these chunks, or several, to one shard; returns how many. Call it after `wait_until_ready` said None."""
 
     def counts(self) -> PushCounts:
         """Returns what became of what was sent, a copy."""

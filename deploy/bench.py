@@ -191,9 +191,10 @@ class _Recorder:
     def asks_for_pause(self) -> bool:
         return False
 
-    def push(self, chunk: TransitionChunk) -> None:
-        self.messages.append(wire.pack(chunk))
-        self.num_transitions += chunk.num_transitions
+    def push(self, chunks: Sequence[TransitionChunk]) -> int:
+        self.messages += [wire.pack(chunk) for chunk in chunks]
+        self.num_transitions += sum(chunk.num_transitions for chunk in chunks)
+        return len(chunks)
 
     def counts(self) -> PushCounts:
         return PushCounts()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 
 from common import wire
@@ -36,13 +37,14 @@ class LocalReplayWriter:
     def asks_for_pause(self) -> bool:
         return self._asked_for_pause
 
-    def push(self, chunk: TransitionChunk) -> None:
+    def push(self, chunks: Sequence[TransitionChunk]) -> int:
         while self._shards[self._next].ask_to_insert() is not None:
             self._next = (self._next + 1) % len(self._shards)
-        reply = self._shards[self._next].insert(wire.pack(chunk))
+        reply = self._shards[self._next].insert(wire.pack(chunks[0]))
         self._counts.inserted += reply.num_inserted
         self._counts.refused += reply.num_refused
         self._next = (self._next + 1) % len(self._shards)
+        return 1
 
     def counts(self) -> PushCounts:
         return replace(self._counts)

@@ -14,12 +14,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
-os.environ["RAY_worker_niceness"] = "0"  # Ray's own is 15; the other scripts run at 0.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (Ray's own is 15; the other scripts run at 0)
 
 import numpy as np
 import torch
@@ -59,8 +60,10 @@ class DroppingWriter:
     def asks_for_pause(self) -> bool:
         return False
 
-    def push(self, chunk: TransitionChunk) -> None:
-        wire.pack(chunk)
+    def push(self, chunks: Sequence[TransitionChunk]) -> int:
+        for chunk in chunks:
+            wire.pack(chunk)
+        return len(chunks)
 
     def counts(self) -> PushCounts:
         return PushCounts()
