@@ -118,6 +118,7 @@ class Script:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()  # type: ignore[union-attr]
         self._errors.close()
 
     def _last_error(self) -> str:

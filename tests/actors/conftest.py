@@ -246,7 +246,19 @@ def taped():
 def make_rig():
     """Makes an actor among fakes; keyword arguments go to ActorsConfig."""
 
-    def make(environment, *, slot=0, incarnation=0, seed=0, env_steps=0, shard=None, network=None, params=None, **settings):
+    def make(
+        environment,
+        *,
+        slot=0,
+        incarnation=0,
+        seed=0,
+        env_steps=0,
+        shard=None,
+        network=None,
+        params=None,
+        keeps_actions=False,
+        **settings,
+    ):
         tape: list[str] = []
         environment = TapedEnvironment(environment, tape)
         network = network or make_network(NetworkConfig(hidden_sizes=(16,)), environment.spec, 0)
@@ -265,6 +277,7 @@ def make_rig():
             seed=seed,
             env_steps=env_steps,
             priority_floor=0.001,
+            keeps_actions=keeps_actions,
         )
         return Rig(actor, environment, writer, params, network, tape)
 
