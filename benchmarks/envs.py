@@ -1,7 +1,7 @@
 """Steps per second of Atari environments alone, and what an actor adds to its environments and its network.
 
     make bench-peers
-    python benchmarks/envs.py [--rounds 9] [--seconds 2] [--cases pong:8 nature:1] [--peers envpool] [--json F]
+    python benchmarks/envs.py [--rounds 25] [--seconds 0.4] [--cases pong:8 nature:1] [--peers envpool] [--json F]
 
 Bare environments, 8 of Pong at random: ale-py's vector environment, EnvPool's, Gymnasium's, on one core and on two, with as many
 threads. Then qfleet's actor on one core, for each case (a recipe's network and settings, and how many environments): the loop of
@@ -167,8 +167,8 @@ def parse_case(text: str) -> tuple[str, int]:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     peers = list(dict.fromkeys(adapter.peer for adapter in adapters()))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of one turn")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--seconds", type=float, default=0.4, help="of one turn")
     parser.add_argument("--cases", nargs="+", type=parse_case, default=[parse_case(text) for text in DEFAULT_CASES])
     parser.add_argument("--peers", nargs="+", choices=peers, default=peers)
     parser.add_argument("--json", type=Path)
