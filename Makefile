@@ -7,7 +7,7 @@ ARGS ?=
 BIN := .venv/bin
 SOURCES := actors common deploy learner replay_server tests benchmarks
 
-PEERS := cpprb reverb rllib sb3 torchrl
+PEERS := cpprb envpool gymnasium reverb rllib sb3 torchrl
 
 .PHONY: train test test-slow lint bench bench-peers bench-system clean
 

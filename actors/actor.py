@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import deque
@@ -81,6 +82,10 @@ class Actor:
         history = config.n_step + spec.frame_stack + 4
         self._chunks = [ChunkBuilder(spec, history=history, clock=self._clock) for _ in range(num_envs)]
         self._pending: tuple[Transitions, Array, dict[int, float]] | None = None
+        # The run: the steps since anything began or ended in any environment, or since a chunk may have been full. What they take is
+        # little as long as they only wait here, and what is made of them is made at once: arrays of one step are too small for NumPy.
+        self._run_steps: list[tuple[Array, Array, Array]] = []  # a_tm1 i64[E], values f32[E, A], reward f64[E].
+        self._num_until_full = config.chunk_transitions  # So many steps fill no chunk yet.
         self._outbox: deque[TransitionChunk] = deque()
         self._num_packed_chunks = 0
         self._num_packed = 0
@@ -99,6 +104,7 @@ class Actor:
             params_version=0,
             epsilon=1.0,
         )
+        self._environments = np.arange(num_envs)
         self._stacks = np.zeros((num_envs, spec.frame_stack, *spec.plane_shape), np.dtype(spec.plane_dtype))
         self._plane = np.full(num_envs, -1, np.int64)  # Number of the newest plane of each environment.
         self._first = np.zeros(num_envs, np.int64)  # Number of the plane with which its episode began.
@@ -130,21 +136,29 @@ class Actor:
         return self.stats()
 
     def send_waiting(self, timeout_seconds: float) -> bool:
-        """Sends the chunks that are ready; returns whether all are sent and replay may be given more."""
+        """Sends the chunks that are ready; returns whether to act on.
+
+        For answers alone it does not stand still: while replay asks for no pause, a chunk of each environment may wait to be sent.
+        """
         while True:
             since = time.monotonic()
             with self._clock("push_wait"):
-                waits_for = self._replay.wait_until_ready(timeout_seconds)
+                waits_for = self._replay.wait_until_ready(0.0 if self._acts_meanwhile() else timeout_seconds)
             self._stats.waiting_seconds += time.monotonic() - since
             if waits_for is not None:
+                if self._acts_meanwhile():
+                    return True
                 self._stats.waits_for = waits_for
                 return False
             if not self._outbox:
                 return True
-            chunk = self._outbox.popleft()
-            self._stats.sent += chunk.num_transitions
             with self._clock("push"):
-                self._replay.push(chunk)
+                num_pushed = self._replay.push(self._outbox)
+            for _ in range(num_pushed):
+                self._stats.sent += self._outbox.popleft().num_transitions
+
+    def _acts_meanwhile(self) -> bool:
+        return len(self._outbox) <= self._environment.num_envs and not self._replay.asks_for_pause()
 
     def step(self) -> None:
         """Acts once in every environment."""
@@ -159,19 +173,23 @@ class Actor:
             values = self._values(self._stacks, self._noise)
         with self._clock("n_step"):
             self._finish_pending(values)
-        epsilon = self._epsilon()
-        actions = epsilon_greedy(self._rng, values, epsilon)
+        actions = epsilon_greedy(self._rng, values, self._epsilon())
         with self._clock("env"):
             result = self._environment.step(actions)
         with self._clock("n_step"):
-            self._take_result(result, values, actions, epsilon)
+            self._take_result(result, values, actions)
 
-    def _take_result(self, result: Step, values: Array, actions: Array, epsilon: Array) -> None:
+    def _take_result(self, result: Step, values: Array, actions: Array) -> None:
         """Takes in what a step gave: transitions wait for the values of the next step, which are their destinations'."""
         if self._actions is not None:
             self._actions += actions.astype(np.int16).tobytes()
         self._num_steps += 1
-        self._stats.epsilon = float(epsilon.mean())
+        if result.only_goes_on() and math.isfinite(result.reward.sum()):
+            self._run_steps.append((actions, values, result.reward))
+            self._stats.env_steps += len(actions)
+            self._push_planes(result.planes, None)
+            return
+        self._finish_run(values)
         self._returns += result.episode_return[~np.isnan(result.episode_return)].tolist()
         source = self._plane.copy()
         first = self._first.copy()
@@ -181,7 +199,7 @@ class Actor:
             transitions = self._n_step.add(
                 source=source,
                 a_tm1=actions,
-                extra=values[np.arange(len(actions)), actions].astype(np.float64),
+                extra=values[self._environments, actions].astype(np.float64),
                 reward=result.reward,
                 terminated=result.terminated,
                 truncated=result.truncated,
@@ -238,6 +256,8 @@ class Actor:
             "stats": {name: getattr(self._stats, name) for name in _KEPT_STATS},
             "pending": None,
         }
+        if self._run_steps:
+            arrays |= {f"run{i}": np.stack(steps) for i, steps in enumerate(zip(*self._run_steps, strict=True))}
         if self._pending is not None:
             transitions, first, bootstraps = self._pending
             arrays |= {f"pending.{field.name}": getattr(transitions, field.name) for field in fields(Transitions)}
@@ -274,6 +294,8 @@ class Actor:
         self._returns = list(values["returns"])
         for name, value in values["stats"].items():
             setattr(self._stats, name, value)
+        self._num_until_full = self._config.chunk_transitions - max(chunk.num_transitions for chunk in self._chunks)
+        self._run_steps = list(zip(arrays["run0"], arrays["run1"], arrays["run2"], strict=True)) if "run0" in arrays else []
         self._pending = None
         if values["pending"] is not None:
             transitions = Transitions(**_part(arrays, "pending."))
@@ -294,21 +316,29 @@ class Actor:
         with torch.inference_mode():
             return self._network(torch.from_numpy(stacks), noise).numpy()  # type: ignore[no-any-return]
 
-    def _epsilon(self) -> Array:
-        """Returns f64[E]. The fleet's env steps are taken to be this slot's times the number of slots."""
-        config, num_envs = self._config.exploration, self._environment.num_envs
+    def _epsilon(self) -> Array | float:
+        """Returns f64[E], or one number for all. The fleet's env steps are taken to be this slot's times the number of slots."""
+        config = self._config.exploration
         if config.kind == "ladder":
-            num = self._config.num_actors * num_envs
-            rungs = range(self._slot * num_envs, (self._slot + 1) * num_envs)
-            ladder = [schedules.ladder(i, num, base=config.ladder_base, exponent=config.ladder_exponent) for i in rungs]
-            return np.array(ladder)
+            return self._ladder
         if config.kind == "multiplicative":
             version = self._stats.params_version
             epsilon = schedules.multiplicative(version, initial=config.initial, final=config.final, rate=config.decay_rate)
         else:
             steps = self._stats.env_steps * self._config.num_actors
             epsilon = schedules.linear(steps, initial=config.initial, final=config.final, num=config.decay_steps)
-        return np.full(num_envs, epsilon)
+        self._stats.epsilon = epsilon
+        return epsilon
+
+    @functools.cached_property
+    def _ladder(self) -> Array:
+        """f64[E], the rungs of this slot."""
+        config, num_envs = self._config.exploration, self._environment.num_envs
+        num = self._config.num_actors * num_envs
+        rungs = range(self._slot * num_envs, (self._slot + 1) * num_envs)
+        ladder = [schedules.ladder(i, num, base=config.ladder_base, exponent=config.ladder_exponent) for i in rungs]
+        self._stats.epsilon = float(np.mean(ladder))
+        return np.array(ladder)
 
     def _push_result(self, result: Step) -> dict[int, float]:
         """Takes in the new observations; returns the value of last observations that will not be acted on, by environment."""
@@ -325,38 +355,79 @@ class Actor:
         self._push_planes(result.planes, ended, only=ended)
         return bootstraps
 
-    def _push_planes(self, planes: Array, is_first: Array, only: Array | None = None) -> None:
+    def _push_planes(self, planes: Array, is_first: Array | None, only: Array | None = None) -> None:
         """Adds one plane to every stack (or to those of `only`); stacks of a new episode begin with zeros."""
-        rows = np.arange(len(planes)) if only is None else np.flatnonzero(only)
+        if is_first is None:
+            push_planes(self._stacks, planes)
+            self._plane += 1
+            for chunk, plane in zip(self._chunks, planes, strict=True):
+                chunk.add_plane(plane)
+            return
+        rows = slice(None) if only is None else np.flatnonzero(only)
         push_planes(self._stacks, planes, is_first, rows)
         self._plane[rows] += 1 + is_first[rows]  # A new episode's first plane follows a zero plane.
         self._first[is_first] = self._plane[is_first]
-        for row in rows.tolist():
-            if is_first[row]:
+        begins = is_first.tolist()
+        for row in self._environments[rows].tolist():
+            if begins[row]:
                 self._chunks[row].begin_episode()
             self._chunks[row].add_plane(planes[row])
 
     def _finish_pending(self, values: Array) -> None:
-        """Gives the last step's transitions their first priorities, now that their destinations have values."""
-        if self._pending is None:
+        """Puts transitions into chunks, now that the last step's destinations have values; those of a run when a chunk may be full."""
+        if self._pending is not None:
+            transitions, first, bootstraps = self._pending
+            self._pending = None
+            bootstrap = values.max(axis=1).astype(np.float64)
+            for env, value in bootstraps.items():
+                bootstrap[env] = value
+            self._add_to_chunks(transitions, first, bootstrap[transitions.env])
+        elif len(self._run_steps) >= self._num_until_full or any(self._is_large(chunk) for chunk in self._chunks):
+            self._finish_run(values)
+
+    def _finish_run(self, values: Array) -> None:
+        """Puts the transitions of the run into chunks; `values`, f32[E, A], are of its last destinations."""
+        if not self._run_steps:
             return
-        transitions, first, bootstraps = self._pending
-        self._pending = None
-        bootstrap = values.max(axis=1).astype(np.float64)
-        for env, value in bootstraps.items():
-            bootstrap[env] = value
+        actions, values_tm1, reward = (
+            np.stack(arrays) for arrays in zip(*self._run_steps, strict=True)
+        )  # [T, E], [T, E, A], [T, E]
+        self._run_steps.clear()
+        destination = self._plane - np.arange(len(actions) - 1, -1, -1)[:, None]
+        transitions = self._n_step.add_run(
+            source=destination - 1,
+            a_tm1=actions,
+            extra=np.take_along_axis(values_tm1, actions[:, :, None], axis=2)[:, :, 0].astype(np.float64),
+            reward=reward,
+            destination=destination,
+        )
+        bootstrap = np.concatenate([values_tm1[1:], values[None]]).max(axis=2).astype(np.float64)
+        step = transitions.destination - destination[0, transitions.env]
+        self._add_to_chunks(transitions, self._first, bootstrap[step, transitions.env])
+
+    def _add_to_chunks(self, transitions: Transitions, first: Array, bootstrap: Array) -> None:
+        """Gives transitions their first priorities and puts them into chunks, of which it packs the full ones.
+
+        Args:
+          transitions: M of them.
+          first: i64[E] the plane with which each environment's episode began.
+          bootstrap: f64[M] values of their destinations.
+        """
         t = transitions
-        target = t.r_t + t.discount_t * self._rescaling.apply_inv(torch.from_numpy(bootstrap)).numpy()[t.env]
+        target = t.r_t + t.discount_t * self._rescaling.apply_inv(torch.from_numpy(bootstrap)).numpy()
         td_error = self._rescaling.apply(torch.from_numpy(target)).numpy() - t.extra
-        priorities = priority(td_error, floor=self._priority_floor).tolist()
-        rows = zip(t.env.tolist(), t.source.tolist(), t.destination.tolist(), t.a_tm1.tolist(), strict=True)
-        scalars = zip(t.r_t.tolist(), t.discount_t.tolist(), priorities, strict=True)
-        for (env, source, destination, a_tm1), row_scalars in zip(rows, scalars, strict=True):
-            self._chunks[env].add_transition(source, destination, int(first[env]), a_tm1, row_scalars)
+        columns = (t.source, t.destination, first[t.env], t.a_tm1, t.r_t, t.discount_t)
+        priorities = priority(td_error, floor=self._priority_floor)
+        rows = zip(*[column.tolist() for column in (*columns, priorities)], strict=True)
+        for env, row in zip(t.env.tolist(), rows, strict=True):
+            self._chunks[env].add_transition(row)
         for chunk in self._chunks:
-            too_large = chunk.num_bytes >= self._config.chunk_bytes
-            if chunk.num_transitions >= self._config.chunk_transitions or (too_large and chunk.num_transitions):
+            if chunk.num_transitions >= self._config.chunk_transitions or (self._is_large(chunk) and chunk.num_transitions):
                 self._pack(chunk)
+        self._num_until_full = self._config.chunk_transitions - max(chunk.num_transitions for chunk in self._chunks)
+
+    def _is_large(self, chunk: ChunkBuilder) -> bool:
+        return chunk.num_bytes >= self._config.chunk_bytes
 
     def _pack(self, chunk: ChunkBuilder) -> None:
         fields = chunk.take()

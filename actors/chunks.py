@@ -12,6 +12,9 @@ from common.messages import Array
 from common.planes import codec_of, encode_block, join_blocks, planes_per_block
 from common.timing import PhaseClock
 
+Row = tuple[int, int, int, int, float, float, float]
+"""A transition: the planes of source and destination, the plane with which their episode began, a_tm1, r_t, discount_t, priority."""
+
 
 class ChunkBuilder:
     """The planes of one environment, each encoded in its block, and the transitions that wait to be sent.
@@ -35,7 +38,7 @@ class ChunkBuilder:
         self._open = np.zeros((self._per_block, *spec.plane_shape), np.dtype(spec.plane_dtype))
         self._num_planes = 0
         self._num_planes_sent = 0
-        self._rows: list[tuple[int, int, int, int, float, float, float]] = []
+        self._rows: list[Row] = []
 
     @property
     def num_transitions(self) -> int:
@@ -63,14 +66,9 @@ class ChunkBuilder:
             self._blocks.append(self._encode())
             self._open[:] = 0
 
-    def add_transition(
-        self, source: int, destination: int, first: int, a_tm1: int, scalars: tuple[float, float, float]
-    ) -> None:
-        """Adds a transition between two observations of the episode that began at plane `first`.
-
-        `scalars` are r_t, discount_t and priority.
-        """
-        self._rows.append((source, destination, first, a_tm1, *scalars))
+    def add_transition(self, row: Row) -> None:
+        """Adds a transition between two observations of one episode."""
+        self._rows.append(row)
 
     def take(self) -> dict[str, Any]:
         """Returns the fields of a TransitionChunk with all waiting transitions, and forgets what no later one needs."""

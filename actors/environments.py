@@ -53,6 +53,10 @@ class Step:
     episode_return: Array
     """f64[E] raw return of an episode that is over, reported once; NaN elsewhere."""
 
+    def only_goes_on(self) -> bool:
+        """Whether no episode began or ended, nor was a return reported."""
+        return not (np.count_nonzero(self.terminated) or np.count_nonzero(self.truncated) or np.count_nonzero(self.is_first))
+
 
 class VectorEnvironment(Protocol):
     """E copies of one environment."""
@@ -64,7 +68,10 @@ class VectorEnvironment(Protocol):
         """Begins an episode everywhere; returns planes [E, *plane_shape]."""
 
     def step(self, actions: Array) -> Step:
-        """Takes i64[E] actions. A row that follows an ended one is `is_first`, and its action has no effect."""
+        """Takes i64[E] actions. A row that follows an ended one is `is_first`, and its action has no effect.
+
+        What it returns stays as it is.
+        """
 
     def close(self) -> None: ...
 
@@ -105,6 +112,7 @@ class AtariEnvironment:
         self._truncated = np.zeros(num_envs, bool)
         self._frame_number = np.zeros(num_envs, np.int64)
         self._returns = np.zeros(num_envs)
+        self._no_returns = np.full(num_envs, np.nan)
 
     def reset(self, seed: int) -> Array:
         planes, info = self._envs.reset(seed=seed)
@@ -117,9 +125,13 @@ class AtariEnvironment:
     def step(self, actions: Array) -> Step:
         planes, reward, terminated, truncated, info = self._envs.step(np.asarray(actions, np.int64))
         frame_number = info["episode_frame_number"].astype(np.int64)
-        is_first = self._ended & (self._truncated | (frame_number <= self._frame_number))
-        episode_return = np.where(is_first, self._returns, np.nan)
-        self._returns = np.where(is_first, 0.0, self._returns + reward)
+        if self._ended.any():
+            is_first = self._ended & (self._truncated | (frame_number <= self._frame_number))
+            episode_return = np.where(is_first, self._returns, np.nan)
+            self._returns = np.where(is_first, 0.0, self._returns + reward)
+        else:
+            is_first, episode_return = np.zeros(self.num_envs, bool), self._no_returns
+            self._returns += reward
         self._ended, self._truncated, self._frame_number = terminated | truncated, truncated, frame_number
         return Step(planes[:, 0], reward.astype(np.float64), terminated, truncated, is_first, None, episode_return)
 
@@ -147,7 +159,7 @@ class GymnasiumEnvironment:
 
     def step(self, actions: Array) -> Step:
         observations, reward, terminated, truncated, info = self._envs.step(np.asarray(actions) + self._first_action)
-        reward = np.asarray(reward, np.float64)
+        reward = np.array(reward, np.float64)  # A copy, too.
         ended = np.asarray(terminated | truncated)
         if self._mode is AutoresetMode.NEXT_STEP:
             is_first, final = self._ended, None
@@ -242,18 +254,19 @@ def find_gymnasium(game: str) -> gymnasium.envs.registration.EnvSpec:
         raise UserError(f"unknown environment {game!r}{_nearest(name, list(gymnasium.registry))}") from error
 
 
-def push_planes(stacks: Array, planes: Array, is_first: Array, rows: Array | slice = slice(None)) -> None:
+def push_planes(stacks: Array, planes: Array, is_first: Array | None = None, rows: Array | slice = slice(None)) -> None:
     """Adds the newest plane to each stack of `rows`, in place; a stack that begins an episode is zero before it.
 
     Args:
       stacks: [E, K, *plane_shape].
       planes: [E, *plane_shape].
-      is_first: bool[E], among `rows`.
+      is_first: bool[E], among `rows`. None: of no stack.
       rows: which stacks; all unless said.
     """
     stacks[rows, :-1] = stacks[rows, 1:]
     stacks[rows, -1] = planes[rows]
-    stacks[is_first, :-1] = 0
+    if is_first is not None:
+        stacks[is_first, :-1] = 0
 
 
 def check_atari_game(game: str) -> None:

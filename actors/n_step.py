@@ -59,6 +59,8 @@ class NStepBuilder:
         ages = np.arange(n_step - 1, -1, -1)
         self._factors = discount**ages  # Of the newest reward in the return that begins in column j.
         self._discounts = discount ** (ages + 1)
+        self._columns = np.arange(n_step)
+        self._is_oldest = self._columns == 0
         self._returns = np.zeros((num_envs, n_step))
         self._source = np.zeros((num_envs, n_step), np.int64)
         self._a_tm1 = np.zeros((num_envs, n_step), np.int64)
@@ -85,19 +87,20 @@ class NStepBuilder:
         if not np.isfinite(reward[is_transition]).all():
             bad = int(np.flatnonzero(is_transition & ~np.isfinite(reward))[0])
             raise NonFiniteError(f"environment {bad} gave the reward {reward[bad]}")
-        rows = is_transition
-        for window, newest in ((self._source, source), (self._a_tm1, a_tm1), (self._extra, extra), (self._returns, 0.0)):
+        rows = slice(None) if is_transition.all() else is_transition  # As it is in nearly every step: slices are no copies.
+        for window, newest in ((self._source, source), (self._a_tm1, a_tm1), (self._extra, extra)):
             window[rows, :-1] = window[rows, 1:]
-            window[rows, -1] = newest if isinstance(newest, float) else newest[rows]
-        self._count[rows] = np.minimum(self._count[rows] + 1, self._n)
+            window[rows, -1] = newest[rows]
+        self._returns[rows, :-1] = self._returns[rows, 1:]
+        self._returns[rows, -1] = 0.0
         self._returns[rows] += self._clipped(reward, terminated)[rows, None] * self._factors
+        self._count[rows] = np.minimum(self._count[rows] + 1, self._n)
 
         ended = terminated | truncated
-        columns = np.arange(self._n)
-        held = columns >= self._n - self._count[:, None]
-        complete = held & (ended[:, None] | (columns == 0)) & rows[:, None]  # [E, n]
-        env, column = np.nonzero(complete)
-        self._count[rows & ended] = 0
+        held = self._columns >= self._n - self._count[:, None]
+        complete = held & (ended[:, None] | self._is_oldest) & is_transition[:, None]  # [E, n]
+        env, column = complete.nonzero()
+        self._count[is_transition & ended] = 0
         return Transitions(
             env=env,
             source=self._source[env, column],
@@ -106,6 +109,34 @@ class NStepBuilder:
             r_t=self._returns[env, column],
             discount_t=self._discounts[column] * ~terminated[env],
             extra=self._extra[env, column],
+        )
+
+    def add_run(self, *, source: Array, a_tm1: Array, extra: Array, reward: Array, destination: Array) -> Transitions:
+        """Adds T steps at once, in which no episode began or ended; all arguments are [T, E]. Returns what is complete.
+
+        To the bit what T calls of `add` do; only the order is by step, and within a step by environment.
+        """
+        num_steps = len(reward)
+        clipped = self._clipped(reward, np.zeros(reward.shape, bool))
+        returns = np.concatenate([self._returns, np.zeros_like(clipped.T)], axis=1)
+        for step in range(num_steps):
+            returns[:, step + 1 : step + 1 + self._n] += clipped[step, :, None] * self._factors
+        windows = [
+            np.concatenate(pair, axis=1) for pair in ((self._source, source.T), (self._a_tm1, a_tm1.T), (self._extra, extra.T))
+        ]
+        column, env = np.nonzero(self._count + np.arange(1, num_steps + 1)[:, None] >= self._n)
+        self._returns = returns[:, num_steps:].copy()
+        self._source, self._a_tm1, self._extra = (window[:, num_steps:].copy() for window in windows)
+        self._count = np.minimum(self._count + num_steps, self._n)
+        of_source, of_a_tm1, of_extra = (window[env, column + 1] for window in windows)
+        return Transitions(
+            env=env,
+            source=of_source,
+            destination=destination[column, env],
+            a_tm1=of_a_tm1,
+            r_t=returns[env, column + 1],
+            discount_t=np.full(len(env), self._discounts[0]),
+            extra=of_extra,
         )
 
     def state(self) -> dict[str, Array]:
@@ -118,5 +149,6 @@ class NStepBuilder:
             setattr(self, f"_{name}", np.array(state[name]))
 
     def _clipped(self, reward: Array, terminated: Array) -> Array:
-        clipped = reward if self._reward_clip is None else np.clip(reward, -self._reward_clip, self._reward_clip)
+        clip = self._reward_clip
+        clipped = reward if clip is None else np.minimum(np.maximum(reward, -clip), clip)
         return clipped if self._terminal_reward is None else np.where(terminated, self._terminal_reward, clipped)

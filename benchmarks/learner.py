@@ -13,6 +13,7 @@ programs take nothing from them. A peer that is not installed or fails is listed
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import selectors
@@ -33,6 +34,7 @@ from rich.table import Table
 from benchmarks.replay import ROOT, hardware
 
 START_SECONDS = 300.0
+END_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,15 @@ class Script:
         return dict(json.loads(answer))
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        """Ends the script: by the end of its input, or by force."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()  # type: ignore[union-attr]
+        try:
+            self._process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()  # type: ignore[union-attr]
         self._errors.close()
 
     def _last_error(self) -> str:

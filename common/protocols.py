@@ -5,6 +5,7 @@ No handle blocks longer than the timeout it is given, and none raises for a peer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,8 +49,11 @@ class ReplayWriter(Protocol):
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         """Returns None as soon as a chunk may be pushed, or after the timeout the sentence who waits for what."""
 
-    def push(self, chunk: TransitionChunk) -> None:
-        """Sends a chunk to one shard. Call it after `wait_until_ready` said None."""
+    def asks_for_pause(self) -> bool:
+        """Whether replay itself asked for a pause when last looked at: else it is only answers that are not there yet. Never blocks."""
+
+    def push(self, chunks: Sequence[TransitionChunk]) -> int:
+        """Sends the first of these chunks, or several, to one shard; returns how many. Call it after `wait_until_ready` said None."""
 
     def counts(self) -> PushCounts:
         """Returns what became of what was sent, a copy."""

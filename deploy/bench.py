@@ -188,9 +188,13 @@ class _Recorder:
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         return None
 
-    def push(self, chunk: TransitionChunk) -> None:
-        self.messages.append(wire.pack(chunk))
-        self.num_transitions += chunk.num_transitions
+    def asks_for_pause(self) -> bool:
+        return False
+
+    def push(self, chunks: Sequence[TransitionChunk]) -> int:
+        self.messages += [wire.pack(chunk) for chunk in chunks]
+        self.num_transitions += sum(chunk.num_transitions for chunk in chunks)
+        return len(chunks)
 
     def counts(self) -> PushCounts:
         return PushCounts()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 
 from common import wire
@@ -20,6 +21,7 @@ class LocalReplayWriter:
         self._shards = shards
         self._next = 0  # Whose turn it is.
         self._counts = PushCounts()
+        self._asked_for_pause = False
 
     def state(self) -> list[int]:
         return [self._next, self._counts.inserted, self._counts.refused]
@@ -29,15 +31,20 @@ class LocalReplayWriter:
 
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         sentences = [shard.ask_to_insert() for shard in self._shards]
-        return None if None in sentences else sentences[0]
+        self._asked_for_pause = None not in sentences
+        return sentences[0] if self._asked_for_pause else None
 
-    def push(self, chunk: TransitionChunk) -> None:
+    def asks_for_pause(self) -> bool:
+        return self._asked_for_pause
+
+    def push(self, chunks: Sequence[TransitionChunk]) -> int:
         while self._shards[self._next].ask_to_insert() is not None:
             self._next = (self._next + 1) % len(self._shards)
-        reply = self._shards[self._next].insert(wire.pack(chunk))
+        reply = self._shards[self._next].insert(wire.pack(chunks[0]))
         self._counts.inserted += reply.num_inserted
         self._counts.refused += reply.num_refused
         self._next = (self._next + 1) % len(self._shards)
+        return 1
 
     def counts(self) -> PushCounts:
         return replace(self._counts)

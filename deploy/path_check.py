@@ -143,13 +143,20 @@ class _Reader:
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         return None
 
+    def asks_for_pause(self) -> bool:
+        return False
+
     def counts(self) -> PushCounts:
         return PushCounts()
 
     def drain(self, timeout_seconds: float) -> None:
         pass
 
-    def push(self, chunk: TransitionChunk) -> None:
+    def push(self, chunks: Sequence[TransitionChunk]) -> int:
+        self._take(chunks[0])
+        return 1
+
+    def _take(self, chunk: TransitionChunk) -> None:
         """Inserts the chunk and reads its items back; all that are resident once in a while."""
         priorities = chunk.priority.tolist()
         reply = self._shard.insert(wire.pack(chunk))

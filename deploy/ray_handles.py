@@ -6,11 +6,13 @@ A handle is made in the driver, pickled to a worker and used there by one thread
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import socket
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ from common.timing import Latencies
 
 _POLL_SECONDS = 0.02
 _AWAY_POLL_SECONDS = 1.0
+_MAX_CALL_BYTES = 100_000  # Ray carries up to 100 KiB inside the call, without its object store.
 
 
 class NotBuiltError(RuntimeError):
@@ -85,6 +88,10 @@ class Worker:
         except MemoryError:
             os._exit(1)
 
+    def call_each(self, method: str, arguments: Sequence[Any]) -> list[Any]:
+        """Calls one of the role's methods with each of the arguments in turn; returns the answers."""
+        return [self.call(method, argument) for argument in arguments]
+
 
 def end_worker(pid: int) -> None:
     """Kills a worker of Ray's on this host, and no process that has its number by now."""
@@ -101,8 +108,14 @@ class _Sent(NamedTuple):
     num_transitions: int
     identity: tuple[int, int, int]
     """(actor slot, incarnation, seq)."""
+
+
+class _Call(NamedTuple):
+    """Chunks that are on their way together."""
+
     at: float
-    """When, on the monotonic clock."""
+    """Since when, on the monotonic clock."""
+    chunks: list[_Sent]
 
 
 class RayReplayWriter:
@@ -118,7 +131,7 @@ class RayReplayWriter:
         self._unknown: list[_Sent] = []  # Whose shards died before they answered.
         self._max_per_shard = -(-max_in_flight // len(shards))
         self._next = first_shard % len(shards)
-        self._in_flight: dict[Any, _Sent] = {}  # By reference.
+        self._in_flight: dict[Any, _Call] = {}  # By reference.
         self._num_in_flight = [0] * len(shards)
         self._waits_for: list[str | None] = [None] * len(shards)
         self._ask_again_at = [0.0] * len(shards)
@@ -136,20 +149,34 @@ class RayReplayWriter:
             rest = deadline - time.monotonic()
             if rest <= 0:
                 sentence = next((s for s in self._waits_for if s is not None), None)
-                return sentence or f"actors wait for the shards to take {len(self._in_flight)} chunks"
+                return sentence or f"actors wait for the shards to take {sum(self._num_in_flight)} chunks"
             if self._in_flight or self._asked:
                 self._collect(min(_POLL_SECONDS, rest))
             else:
                 time.sleep(min(_POLL_SECONDS, rest))
 
-    def push(self, chunk: TransitionChunk) -> None:
+    def asks_for_pause(self) -> bool:
+        return None not in self._waits_for
+
+    def push(self, chunks: Sequence[TransitionChunk]) -> int:
+        """Sends to the next shard what it takes of the chunks, in one call: a call takes as long as six chunks to pack."""
         while not self._takes(self._next):
             self._next = (self._next + 1) % len(self._shards)
-        reference = self._shards[self._next].call.remote("insert", wire.pack(chunk))
-        identity = (chunk.actor_slot, chunk.incarnation, chunk.seq)
-        self._in_flight[reference] = _Sent(self._next, chunk.num_transitions, identity, time.monotonic())
-        self._num_in_flight[self._next] += 1
-        self._next = (self._next + 1) % len(self._shards)
+        shard, num_bytes = self._next, 0
+        messages: list[Array] = []
+        in_call: list[_Sent] = []
+        for chunk in itertools.islice(chunks, self._max_per_shard - self._num_in_flight[shard]):
+            message = wire.pack(chunk)
+            num_bytes += len(message)
+            if messages and num_bytes > _MAX_CALL_BYTES:
+                break
+            messages.append(message)
+            in_call.append(_Sent(shard, chunk.num_transitions, (chunk.actor_slot, chunk.incarnation, chunk.seq)))
+        reference = self._shards[shard].call_each.remote("insert", messages)
+        self._in_flight[reference] = _Call(time.monotonic(), in_call)
+        self._num_in_flight[shard] += len(in_call)
+        self._next = (shard + 1) % len(self._shards)
+        return len(in_call)
 
     def counts(self) -> PushCounts:
         known = [p95 for latencies in self._latencies if not math.isnan(p95 := latencies.take_p95())]
@@ -162,7 +189,7 @@ class RayReplayWriter:
             self._collect(rest)
         for shard in {sent.shard for sent in self._unknown}:
             self._settle_unknown(shard, max(deadline - time.monotonic(), 1.0))
-        for sent in (*self._in_flight.values(), *self._unknown):
+        for sent in (*itertools.chain.from_iterable(call.chunks for call in self._in_flight.values()), *self._unknown):
             self._lose(UNANSWERED, sent.num_transitions)
         self._in_flight.clear()
         self._num_in_flight = [0] * len(self._shards)
@@ -185,23 +212,25 @@ class RayReplayWriter:
             else:
                 self._on_reply(self._in_flight.pop(reference), reference)
 
-    def _on_reply(self, sent: _Sent, reference: Any) -> None:
-        shard = sent.shard
-        self._num_in_flight[shard] -= 1
+    def _on_reply(self, call: _Call, reference: Any) -> None:
+        shard = call.chunks[0].shard
+        self._num_in_flight[shard] -= len(call.chunks)
         try:
-            reply: InsertReply = ray.get(reference, timeout=10)
+            replies: list[InsertReply] = ray.get(reference, timeout=10)
         except RayError as error:
             if isinstance(error, RayTaskError) and isinstance(error.cause, NotBuiltError):
-                self._lose(f"shard {shard} was away", sent.num_transitions)
+                self._lose(f"shard {shard} was away", sum(sent.num_transitions for sent in call.chunks))
             else:
-                self._unknown.append(sent)
+                self._unknown += call.chunks
             self._mark_away(shard)
             return
-        self._latencies[shard].add(time.monotonic() - sent.at)
-        self._counts.inserted += reply.num_inserted
-        self._counts.refused += reply.num_refused
-        self._lose(f"shard {shard} could not read a chunk", sent.num_transitions - reply.num_inserted - reply.num_refused)
-        self._waits_for[shard] = reply.waits_for
+        self._latencies[shard].add(time.monotonic() - call.at)
+        for sent, reply in zip(call.chunks, replies, strict=True):
+            self._counts.inserted += reply.num_inserted
+            self._counts.refused += reply.num_refused
+            unread = sent.num_transitions - reply.num_inserted - reply.num_refused
+            self._lose(f"shard {shard} could not read a chunk", unread)
+        self._waits_for[shard] = replies[-1].waits_for
         self._ask_again_at[shard] = time.monotonic() + _POLL_SECONDS
 
     def _on_permission(self, shard: int, reference: Any) -> None:

@@ -47,7 +47,7 @@ def _messages_of(data: Data, env: int) -> list[tuple[Array, int]]:
             number[next_plane] = count
             count, next_plane = count + 1, next_plane + 1
         scalars = tuple(float(getattr(transitions, name)[row]) for name in ("r_t", "discount_t", "priority"))
-        builder.add_transition(number[source], number[destination], first[source], transitions.a_tm1[row], scalars)
+        builder.add_transition((number[source], number[destination], first[source], transitions.a_tm1[row], *scalars))
         if builder.num_transitions == CHUNK_TRANSITIONS or row == rows[-1]:
             header = {"run": RUN, "actor_slot": env, "incarnation": 0, "seq": len(packed), "params_version": 0}
             sent = len(packed) * CHUNK_TRANSITIONS

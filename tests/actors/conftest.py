@@ -127,23 +127,30 @@ class RecordingWriter:
         """Next answers; None for ever where it is empty."""
         self.messages: list[np.ndarray] = []
         self.replies: list[InsertReply] = []
-        self._may_push = False
+        self.is_slow = False
+        """It asks for no pause: that it is not ready means that answers are not there yet."""
+        self._may_push = self._asks_for_pause = False
 
     def wait_until_ready(self, timeout_seconds: float) -> str | None:
         assert timeout_seconds >= 0
         answer = self.waits_for.pop(0) if self.waits_for else None
         self._tape.append("ready" if answer is None else "wait")
         self._may_push = answer is None
+        self._asks_for_pause = answer is not None and not self.is_slow
         return answer
 
-    def push(self, chunk) -> None:
+    def asks_for_pause(self) -> bool:
+        return self._asks_for_pause
+
+    def push(self, chunks) -> int:
         assert self._may_push, "pushed without being told that replay is ready"
         self._may_push = False
         self._tape.append("push")
-        message = wire.pack(chunk)
+        message = wire.pack(chunks[0])
         self.messages.append(message)
         if self._shard is not None:
             self.replies.append(self._shard.insert(message))
+        return 1
 
     def counts(self) -> PushCounts:
         return PushCounts()
@@ -239,7 +246,19 @@ def taped():
 def make_rig():
     """Makes an actor among fakes; keyword arguments go to ActorsConfig."""
 
-    def make(environment, *, slot=0, incarnation=0, seed=0, env_steps=0, shard=None, network=None, params=None, **settings):
+    def make(
+        environment,
+        *,
+        slot=0,
+        incarnation=0,
+        seed=0,
+        env_steps=0,
+        shard=None,
+        network=None,
+        params=None,
+        keeps_actions=False,
+        **settings,
+    ):
         tape: list[str] = []
         environment = TapedEnvironment(environment, tape)
         network = network or make_network(NetworkConfig(hidden_sizes=(16,)), environment.spec, 0)
@@ -258,6 +277,7 @@ def make_rig():
             seed=seed,
             env_steps=env_steps,
             priority_floor=0.001,
+            keeps_actions=keeps_actions,
         )
         return Rig(actor, environment, writer, params, network, tape)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode
 from torch import nn
 
-from common.config import ExplorationConfig, NetworkConfig
+from actors.environments import make_environment
+from common.config import EnvConfig, ExplorationConfig, NetworkConfig
 from common.errors import NonFiniteError
 from common.networks import QNetwork, make_network
 
@@ -72,6 +74,61 @@ def test_actor_never_steps_while_replay_says_wait(make_rig, scripted):
     stats = rig.actor.run(0.02)
     assert "env step" in rig.tape
     assert stats.waits_for is None
+
+
+def test_actor_acts_on_for_answers_alone_until_more_chunks_wait_than_it_has_environments(make_rig, scripted):
+    """Kills: an actor that stands still for every answer, and one that piles up chunks for a shard which hangs."""
+    environment, _ = scripted([FOREVER, FOREVER])
+    rig = make_rig(environment, n_step=1, chunk_transitions=5)
+    rig.writer.is_slow = True
+    rig.writer.waits_for = ["actors wait for the shards to take 4 chunks"] * 1_000_000
+    stats = rig.actor.run(0.2)
+    assert rig.tape.count("env step") == 11, "the second two chunks are there when the values of step 11 are"
+    assert len(rig.actor._outbox) == 4 and "push" not in rig.tape
+    assert stats.waits_for == "actors wait for the shards to take 4 chunks" and stats.sent == 0
+    rig.writer.waits_for = []
+    rig.actor.run(0.02)
+    assert [chunk.seq for chunk in rig.writer.chunks()[:4]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("chunk_bytes", [60, 90_000])
+def test_chunks_are_the_same_to_the_bit_when_every_step_is_looked_at_alone(make_rig, scripted, mode, chunk_bytes):
+    """Kills: a run that is looked at too late for a chunk that is full by its transitions or its bytes, or from a wrong value on."""
+
+    def play(alone):
+        environment, _ = scripted([[([1.0] * 23, "truncated")], PLAIN, [([3.0] * 40, "terminated")]], mode=mode)
+        rig = make_rig(environment, n_step=3, chunk_transitions=7, chunk_bytes=chunk_bytes)
+        for _ in range(200):
+            if alone:
+                rig.actor._num_until_full = 0
+            rig.step(1)
+        return rig
+
+    together, alone = play(False), play(True)
+    assert len(together.writer.messages) > 60 and together.actor.stats().env_steps == alone.actor.stats().env_steps
+    for one, other in zip(together.writer.messages, alone.writer.messages, strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+def test_a_restart_within_a_run_goes_on_to_the_bit(make_rig):
+    def make():
+        environment = make_environment(EnvConfig(game="CartPole-v1"), 2)
+        return make_rig(environment, n_step=3, chunk_transitions=16, keeps_actions=True)
+
+    straight, first, second = make(), make(), make()
+    straight.step(120)
+    before = 50
+    first.step(before)
+    while not first.actor._run_steps:
+        first.step(1)
+        before += 1
+    arrays, values = first.actor.state()
+    second.actor.restore(arrays, values)
+    second.step(120 - before)
+    messages = [message.tobytes() for message in first.writer.messages + second.writer.messages]
+    assert len(second.writer.messages) > 3
+    assert messages == [message.tobytes() for message in straight.writer.messages]
 
 
 def test_actor_looks_for_parameters_while_it_waits(make_rig, scripted):

@@ -48,7 +48,7 @@ def test_chunk_stacks_are_zero_before_the_episode_and_never_reach_over_its_start
     fill(builder, PIXELS, range(6))
     builder.begin_episode()  # Plane 6 is zero.
     fill(builder, PIXELS, range(7, 12))
-    builder.add_transition(8, 10, 7, 2, (1.5, 0.81, 3.0))  # The episode began at plane 7.
+    builder.add_transition((8, 10, 7, 2, 1.5, 0.81, 3.0))  # The episode began at plane 7.
     ((s_tm1, a_tm1, r_t, discount_t, s_t),) = rows_of(chunk_of(PIXELS, builder.take()))
     zero = np.zeros((6, 5), np.uint8)
     np.testing.assert_array_equal(s_tm1, [zero, zero, plane_of(PIXELS, 7), plane_of(PIXELS, 8)])
@@ -65,11 +65,11 @@ def test_chunk_encodes_each_full_block_once(monkeypatch):
     fill(builder, PIXELS, range(20))  # Two full blocks, and four planes of the third.
     assert len(encoded) == 2
     for source in range(11, 15):
-        builder.add_transition(source, source + 1, 0, 0, (0.0, 1.0, 1.0))
+        builder.add_transition((source, source + 1, 0, 0, 0.0, 1.0, 1.0))
     assert len(builder.take()["block_offsets"]) - 1 == 1  # Planes 8 to 15: not the open block, nor the first.
     assert len(encoded) == 2
     for _ in range(2):
-        builder.add_transition(15, 18, 0, 0, (0.0, 1.0, 1.0))
+        builder.add_transition((15, 18, 0, 0, 0.0, 1.0, 1.0))
         fields = builder.take()
     assert len(fields["block_offsets"]) - 1 == 2
     assert len(encoded) == 4  # The open block with each chunk that needs it.
@@ -81,7 +81,7 @@ def test_chunk_open_block_is_filled_up_with_zeros(rows_of):
     """Kills planes of the last block that show through in the next one, which would make it longer."""
     builder = ChunkBuilder(PIXELS, history=9)
     fill(builder, PIXELS, range(9))
-    builder.add_transition(7, 8, 0, 0, (0.0, 1.0, 1.0))
+    builder.add_transition((7, 8, 0, 0, 0.0, 1.0, 1.0))
     planes = decode_planes(chunk_of(PIXELS, builder.take()))
     np.testing.assert_array_equal(planes[8], plane_of(PIXELS, 8))
     assert len(planes) == 16
@@ -93,7 +93,7 @@ def test_chunk_num_bytes_counts_what_is_held():
     assert builder.num_bytes == 0
     fill(builder, VECTOR, range(8))
     assert builder.num_bytes == 8 * VECTOR_BYTES
-    builder.add_transition(6, 7, 0, 0, (0.0, 1.0, 1.0))
+    builder.add_transition((6, 7, 0, 0, 0.0, 1.0, 1.0))
     assert builder.num_transitions == 1
     fields = builder.take()
     assert len(fields["plane_data"]) == 2 * VECTOR_BYTES
@@ -110,7 +110,7 @@ def test_chunk_of_planes_that_do_not_compress_is_smaller_than_their_stacks():
     for number in range(1, 400):
         builder.add_plane(rng.integers(256, size=(84, 84)).astype(np.uint8))
         if number > 3:
-            builder.add_transition(number - 3, number, 1, 0, (0.0, 1.0, 1.0))
+            builder.add_transition((number - 3, number, 1, 0, 0.0, 1.0, 1.0))
         if builder.num_bytes >= 90_000:
             sizes.append((len(builder._rows), len(builder.take()["plane_data"])))
     transitions, num_bytes = np.sum(sizes[1:], axis=0)
@@ -122,9 +122,9 @@ def test_chunk_of_planes_that_do_not_compress_is_smaller_than_their_stacks():
 def test_chunk_take_keeps_exactly_the_history(rows_of):
     builder = ChunkBuilder(VECTOR, history=5)
     fill(builder, VECTOR, range(20))
-    builder.add_transition(18, 19, 0, 0, (0.0, 1.0, 1.0))
+    builder.add_transition((18, 19, 0, 0, 0.0, 1.0, 1.0))
     builder.take()
-    builder.add_transition(15, 19, 0, 1, (0.0, 1.0, 1.0))  # 15 to 19 are the last five.
+    builder.add_transition((15, 19, 0, 1, 0.0, 1.0, 1.0))  # 15 to 19 are the last five.
     ((s_tm1, a_tm1, _, _, s_t),) = rows_of(chunk_of(VECTOR, builder.take()))
     np.testing.assert_array_equal([s_tm1[0], s_t[0]], [plane_of(VECTOR, 15), plane_of(VECTOR, 19)])
     assert a_tm1 == 1
@@ -139,7 +139,7 @@ def test_chunk_long_run_does_not_grow(spec, rows_of):
     fill(builder, spec, [1])
     for number in range(2, 3000):
         fill(builder, spec, [number])
-        builder.add_transition(number - 1, number, 1, 0, (0.0, 1.0, 1.0))
+        builder.add_transition((number - 1, number, 1, 0, 0.0, 1.0, 1.0))
         most = max(most, sum(map(len, builder._blocks)))
         if number % 7 == 0:
             rows = rows_of(chunk_of(spec, builder.take()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
@@ -237,3 +238,33 @@ def test_n_step_reward_not_finite_in_a_reset_row_is_ignored():
     transitions = feed(builder, 0, [Row(1), Row(float("nan"), RESET)])
     assert transitions.env.tolist() == [0]
     assert outs(feed(builder, 1, [Row(1), Row(2)]), 1) == [Out(1, 2, 2.0, 0.9)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_run_of_steps_at_once_is_to_the_bit_what_they_are_one_by_one(seed):
+    """Single steps with ends and resets between the runs, so that windows are part full when a run begins."""
+    rng = np.random.default_rng(seed)
+    num_envs, n_step = int(rng.integers(1, 5)), int(rng.integers(1, 6))
+    settings = {"num_envs": num_envs, "n_step": n_step, "reward_clip": 1.5, "terminal_reward": -2.0}
+    at_once, one_by_one = build(**settings), build(**settings)
+    no, yes = np.zeros(num_envs, bool), np.ones(num_envs, bool)
+    number = 0
+    for _ in range(12):
+        num_steps = int(rng.integers(1, 9))
+        source = number + np.arange(num_steps)[:, None] + 100 * np.arange(num_envs)
+        number += num_steps
+        run = {"source": source, "a_tm1": rng.integers(9, size=source.shape), "destination": source + 1}
+        run |= {"extra": rng.normal(size=source.shape), "reward": 2 * rng.normal(size=source.shape)}
+        found = at_once.add_run(**run)
+        steps = [{name: array[i] for name, array in run.items()} for i in range(num_steps)]
+        wanted = [one_by_one.add(**step, terminated=no, truncated=no, is_transition=yes) for step in steps]
+        for field in fields(found):
+            joined = np.concatenate([getattr(transitions, field.name) for transitions in wanted])
+            assert getattr(found, field.name).dtype == joined.dtype
+            np.testing.assert_array_equal(getattr(found, field.name), joined)
+        flags = {name: rng.random(num_envs) < 0.3 for name in ("terminated", "truncated")}
+        flags["is_transition"] = rng.random(num_envs) < 0.8
+        for builder in (at_once, one_by_one):
+            builder.add(**steps[-1], **flags)
+        for name, array in at_once.state().items():
+            np.testing.assert_array_equal(array, one_by_one.state()[name])

@@ -21,6 +21,8 @@ class Shard:
         self.answering, self.error, self.pause = True, None, None
         self.held, self.asked = set(), 0
         self.call = SimpleNamespace(remote=lambda method, *args: calls.make(self, method, *args))
+        self.call_each = SimpleNamespace(remote=lambda method, arguments: calls.make(self, f"{method} each", arguments))
+        self.num_in_calls: list[int] = []
 
     def answer(self, method, *args):
         if self.error is not None:
@@ -30,7 +32,12 @@ class Shard:
             return self.pause
         if method == "has_chunks":
             return [identity in self.held for identity in args[0]]
-        chunk = wire.unpack(args[0], TransitionChunk)
+        assert method == "insert each"
+        self.num_in_calls.append(len(args[0]))
+        return [self.insert(message) for message in args[0]]
+
+    def insert(self, message):
+        chunk = wire.unpack(message, TransitionChunk)
         self.held.add((chunk.actor_slot, chunk.incarnation, chunk.seq))
         return InsertReply(num_inserted=chunk.num_transitions, num_refused=0, refusal=None, waits_for=self.pause)
 
@@ -77,7 +84,7 @@ def push(make_chunk):
         for done in range(num):
             if writer.wait_until_ready(1.0) is not None:
                 return done
-            writer.push(make_chunk(rng, num_transitions=3, seq=next(seqs)))
+            assert writer.push([make_chunk(rng, num_transitions=3, seq=next(seqs))]) == 1
         return num
 
     return run
@@ -119,6 +126,37 @@ def test_when_all_pause_the_sentence_says_for_whom(shards, push):
     writer._waits_for = [None, None]
     assert push(writer, 50) == 4
     assert writer.wait_until_ready(0.5) == "actors wait for the shards to take 4 chunks"
+
+
+def test_chunks_that_are_ready_together_go_in_one_call_as_far_as_there_is_room(shards, make_chunk):
+    """Kills: a call that takes more than may be in flight, or a shard's pause said by the first of a call and forgotten by the last."""
+    (shard, _), _ = shards
+    rng = np.random.default_rng(0)
+    chunks = [make_chunk(rng, num_transitions=3, seq=seq) for seq in range(7)]
+    writer = RayReplayWriter([shard], 4, 0)
+    assert writer.wait_until_ready(1.0) is None and writer.push(chunks) == 4
+    shard.answering = False
+    assert not writer.asks_for_pause()
+    assert writer.wait_until_ready(0.1) == "actors wait for the shards to take 4 chunks"
+    assert not writer.asks_for_pause(), "that it has not answered is no pause"
+    shard.answering, shard.pause = True, "actors wait for the learner: 8 more samples due"
+    assert writer.wait_until_ready(0.1) == shard.pause and writer.asks_for_pause()
+    shard.pause = None
+    assert writer.wait_until_ready(1.0) is None and writer.push(chunks[4:]) == 3
+    writer.drain(1.0)
+    assert shard.num_in_calls == [4, 3] and {seq for _, _, seq in shard.held} == set(range(7))
+    assert writer.counts().inserted == 21 and writer.counts().lost == {}
+
+
+def test_a_call_is_no_larger_than_ray_carries_without_its_object_store(shards, make_chunk, monkeypatch):
+    (shard, _), _ = shards
+    chunks = [make_chunk(np.random.default_rng(0), num_transitions=3, seq=seq) for seq in range(4)]
+    sizes = [len(wire.pack(chunk)) for chunk in chunks]
+    monkeypatch.setattr(ray_handles, "_MAX_CALL_BYTES", sum(sizes[:2]))
+    writer = RayReplayWriter([shard], 8, 0)
+    assert writer.push(chunks) == 2
+    monkeypatch.setattr(ray_handles, "_MAX_CALL_BYTES", 1)
+    assert writer.push(chunks[2:]) == 1, "one goes however large it is"
 
 
 def test_chunks_of_a_shard_that_died_are_settled_when_it_is_back(shards, push):

@@ -70,11 +70,11 @@ ENVIRONMENT = environments.GymnasiumEnvironment
         ("NextStep", STEPS, "__init__", "discount ** (ages + 1)", "discount ** ages", "discount_t is 0.81, not 0.729"),
         ("NextStep", STEPS, "__init__", "discount**ages ", "discount ** (ages + 1) ", "r_t is"),
         ("NextStep", STEPS, "add", "=destination[env]", "=destination[env] - 1", "s_t is"),
-        ("SameStep", ACTOR, "step", "destination=source + 1", "destination=self._plane.copy()", "s_t is"),
+        ("SameStep", ACTOR, "_take_result", "destination=source + 1", "destination=self._plane.copy()", "s_t is"),
         ("NextStep", STEPS, "add", " * ~terminated[env]", "", "discount_t is 0.9, not 0"),
         ("NextStep", STEPS, "add", "~terminated[env]", "~ended[env]", "discount_t is 0, not 0.9"),
-        ("NextStep", STEPS, "add", "(ended[:, None] | (columns == 0))", "(columns == 0)", "never came out"),
-        ("NextStep", STEPS, "add", "self._count[rows & ended] = 0", "pass", "no transition begins at [zeros]"),
+        ("NextStep", STEPS, "add", "(ended[:, None] | self._is_oldest)", "self._is_oldest", "never came out"),
+        ("NextStep", STEPS, "add", "self._count[is_transition & ended] = 0", "pass", "no transition begins at [zeros]"),
         (
             "NextStep",
             ACTOR,
@@ -86,7 +86,7 @@ ENVIRONMENT = environments.GymnasiumEnvironment
         (
             "NextStep",
             ACTOR,
-            "step",
+            "_take_result",
             "is_transition = ~result.is_first",
             "is_transition = result.is_first | True",
             "no transition begins at",
