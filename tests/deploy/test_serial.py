@@ -131,7 +131,8 @@ def left_behind(path):
         shard.pop("priorities")
     for actor in meta["serial"]["actors"]:
         actor.pop("returns")  # Those that are not in a row of metrics yet.
-    changing = ("second", "fraction", "loss_mean", "resident_bytes", "shard/log_", "busiest_index", "slowest")  # The log began a segment more.
+    changing = ("second", "fraction", "loss_mean", "resident_bytes", "index", "slowest")
+    changing += ("shard/log_",)  # The log began a segment more.
     row = {name: value for name, value in read_rows(path)[-1].items() if not any(word in name for word in changing)}
     return tensors, records, meta, row
 
