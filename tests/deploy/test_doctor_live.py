@@ -46,7 +46,7 @@ BOTTLENECKS = {
     ),
 }
 
-QUICK = ("shard", "learner-bound")  # The others are slow tests: each takes half a minute of a quiet machine.
+QUICK = ("shard",)  # The others are slow tests: each takes half a minute of a quiet machine.
 
 
 @pytest.fixture

@@ -457,6 +457,7 @@ def test_a_full_disk_is_one_line_and_what_was_measured_is_kept(script, tmp_path,
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_real_sweep_measures_the_whole_system(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     out = tmp_path / "out"
