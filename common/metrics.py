@@ -82,7 +82,7 @@ class LearnerStats:
     answer_p95_seconds: dict[int, float] = field(default_factory=dict)
     """By shard, from a request until its answer is collected, since the last report: requests lie in a shard's queue meanwhile."""
     usage: Usage | None = field(default=None, compare=False)
-    """Phases: wait, update, report, publish, save."""
+    """Phases: wait (for a batch), agree (with the other ranks), update, report, publish, save."""
     prefetch_usage: Usage | None = field(default=None, compare=False)
     """Phases of the prefetch threads: turn (another one collects), collect (shards answer), held (shards may not answer yet), unpack, transfer."""
 

@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import io
 import itertools
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -129,6 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"qfleet: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # Whoever read what it prints has gone (`| head`).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("qfleet: ended at once; checkpoints that were written before are kept", file=sys.stderr)
         return 130
@@ -144,10 +148,12 @@ def _dispatch(words: list[str]) -> int:
     command, *rest = words
     if command not in _SUBJECTS:
         raise UserError(f"unknown command {command!r}{_nearest(command, list(_SUBJECTS))}; qfleet --help lists them")
-    if command == "doctor" and (not rest or (rest[0].startswith("-") and rest[0] not in ("-h", "--help"))):
-        from deploy.doctor import newest_run
+    if command == "doctor":
+        from deploy.doctor import DoctorFlags, doctor, newest_run
 
-        rest = [str(newest_run()), *rest]
+        named = rest[:1] if rest and not rest[0].startswith("-") else []
+        flags_of_doctor = _parse(DoctorFlags, DoctorFlags(), rest[len(named) :], "qfleet doctor [RUN]")
+        return doctor(Path(named[0]) if named else newest_run(), flags_of_doctor)
     if not rest or rest[0].startswith("-"):
         if rest and rest[0] in ("-h", "--help"):
             print(usage)
@@ -170,10 +176,6 @@ def _dispatch(words: list[str]) -> int:
         more = list(itertools.takewhile(lambda word: not word.startswith("-"), flags))
         chosen_report = _parse(ReportFlags, ReportFlags(), flags[len(more) :], "qfleet report RUN")
         return report([Path(word) for word in [subject, *more]], chosen_report)
-    if command == "doctor":
-        from deploy.doctor import DoctorFlags, doctor
-
-        return doctor(Path(subject), _parse(DoctorFlags, DoctorFlags(), flags, "qfleet doctor RUN"))
     if command == "adjust":
         from deploy.adjust import AdjustFlags, adjust
 

@@ -17,6 +17,7 @@ from common.metrics import ShardStats
 
 ROW_METRICS = {
     "time_seconds": "Wall time of the run, over all commands on its run directory.",
+    "command_began_seconds": "Wall time of the run when its last command began.",
     "env_steps": "Steps of the environments, of all actors, over all commands.",
     "frames": "Emulator frames of those steps.",
     "updates": "Updates of the learner.",
@@ -56,6 +57,7 @@ ROW_METRICS = {
     "learner/update_interval_p99_seconds": "From the end of an update to the end of the next, exceeded by one in a hundred.",
     "learner/checkpoint_pause_seconds": "The longest interval between updates while a checkpoint was written.",
     "learner/wait_fraction": "Part of the time of the learner's thread that it waits for a batch.",
+    "learner/agree_fraction": "Part of the time of the learner's thread that it waits for the other ranks.",
     "learner/update_fraction": "Part of the time of the learner's thread in updates.",
     "learner/publish_fraction": "Part of the time of the learner's thread publishing parameters.",
     "learner/report_fraction": "Part of the time of the learner's thread on priorities and what it tells.",

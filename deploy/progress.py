@@ -17,6 +17,7 @@ from deploy.params_watch import ParamsWatch
 from deploy.usage import UsageRates
 
 _RECENT_EPISODES = 20
+_KINDS_OF_AWAY = {"silent": "is silent", "quarantine": "is in quarantine", "disk": "waits for its disk"}
 _LOG_COUNTS = {
     "bytes": "bytes",
     "segments": "segments",
@@ -184,7 +185,15 @@ class Progress:
 
     def degraded(self) -> list[str]:
         """Returns what the run does without now: workers that are away, a disk that takes nothing."""
-        return [*self.away.values(), *self._disk_faults().values()]
+        return [sentence for _, sentence in self.degraded_by_kind()]
+
+    def degraded_by_kind(self) -> list[tuple[str, str]]:
+        """Returns the same as (kind, sentence); kinds: silent, restart, quarantine, node, disk."""
+        found = []
+        for (role, _), sentence in self.away.items():
+            kinds = [kind for kind, words in _KINDS_OF_AWAY.items() if words in sentence]
+            found.append(("node" if role == "fleet" else kinds[0] if kinds else "restart", sentence))
+        return found + [("disk", fault) for fault in self._disk_faults().values()]
 
     def _disk_faults(self) -> dict[str, str]:
         """Returns by name what the disk does not take now."""
@@ -242,6 +251,7 @@ class Progress:
         seconds = self.wall_seconds
         row: dict[str, Any] = {
             "time_seconds": self.earlier_seconds + seconds,
+            "command_began_seconds": self.earlier_seconds,
             "env_steps": self.env_steps,
             "frames": self.frames,
             "updates": self.updates,

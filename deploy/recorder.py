@@ -58,8 +58,8 @@ class _Files:
         self._events = RecordWriter(self._file)
         self._events.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
 
-    def write(self, row: dict[str, Any], degraded: list[str]) -> None:
-        """`degraded`, what the run does without at this moment, is in metrics.jsonl only."""
+    def write(self, row: dict[str, Any], degraded: list[tuple[str, str]]) -> None:
+        """`degraded`, what the run does without at this moment as (kind, sentence), is in metrics.jsonl only."""
         line = json.dumps(row | ({"degraded": degraded} if degraded else {})).encode() + b"\n"
         if self._rows.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -96,7 +96,7 @@ class Recorder:
         row = self._row = self._progress.row()
         try:
             self._files = self._files or _Files(self._path)
-            self._files.write(row, self._progress.degraded())
+            self._files.write(row, self._progress.degraded_by_kind())
         except OSError as error:  # A full disk costs the rows, not the run.
             if self._files is not None:
                 self.event(f"{self._path}: {error.strerror}: rows of metrics are dropped until writing works again")

@@ -12,6 +12,7 @@ import os
 import platform
 import secrets
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,6 +35,7 @@ _CHANGES_NOTHING = (
     "address",
     "metrics_port",
 )
+_LOOK_SECONDS = 0.2  # Far longer than `is_running` holds the lock.
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -111,7 +113,7 @@ def open_run(config: RunConfig, path: Path, checkpoint: str | None = None) -> Ru
     except OSError as error:
         raise UserError(f"--run-dir {path}: no permission to write there ({error.strerror})") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(lock)
     except BlockingIOError as error:
         lock.close()
         raise UserError(f"{path}: another qfleet is running there; stop it first, or choose another --run-dir") from error
@@ -125,6 +127,15 @@ def open_run(config: RunConfig, path: Path, checkpoint: str | None = None) -> Ru
     except BaseException:
         lock.close()
         raise
+
+
+def _lock(file: TextIO) -> None:
+    """Locks; tries twice, since `is_running` holds the lock for a moment. Raises OSError where another run holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(_LOOK_SECONDS)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _open_locked(config: RunConfig, path: Path, lock: TextIO, name: str | None) -> RunDirectory:

@@ -57,6 +57,7 @@ _FULL_DISK_SECONDS = 5.0  # Until a shard is made again whose log could not be w
 _REST_SECONDS = 20.0  # For an actor to end its call, at the end of a run.
 _MAX_FRUITLESS = 3  # Actors in a row that die on a node before they did anything, until it gets no more.
 _NODES_LOOK_SECONDS = 5.0  # Between two questions which nodes there are, and which are about to leave.
+_STORE_LOOK_SECONDS = 60.0  # Between two questions how full the nodes' object stores are, which a cluster asks of every node.
 
 
 class WorkerDied(RunFault):
@@ -105,6 +106,7 @@ class Supervisor:
         self._nodes: dict[str, Node] = {}  # By id.
         self._leaving: set[str] = set()  # Nodes that are about to leave.
         self._next_nodes_look = 0.0
+        self._next_store_look = 0.0
         self._placing: set[int] = set()  # Slots that had no place at the last look.
         self._some_waited = False
         self._closing: set[int] = set()  # Slots that leave their node in good order.
@@ -355,7 +357,9 @@ class Supervisor:
                     next_row = now + config.log_period_seconds
                     self._adjust()
                     self._tell_faults()
-                    self._progress.object_store = object_store()
+                    if now >= self._next_store_look:
+                        every = 0.0 if config.address is None else _STORE_LOOK_SECONDS
+                        self._next_store_look, self._progress.object_store = now + every, object_store()
                     self._record()
                 if self._export is not None:
                     self._export.tell()

@@ -301,7 +301,7 @@ class Learner:
         if self._group is None:
             return Agreement(wants, weight_scale)
         started = time.monotonic()
-        with self._clock("wait"):
+        with self._clock("agree"):
             agreed = self._group.agree(wants, weight_scale)
         self._stats.waiting_seconds += time.monotonic() - started
         if batch is not None:

@@ -2,12 +2,15 @@
 
 import json
 import math
+import os
+from dataclasses import replace
 
 import pytest
 
 from common.errors import UserError
 from deploy.cli import main
-from deploy.doctor import DoctorFlags, Window, diagnose, doctor, newest_run, verdict
+from deploy.diagnosis import Window, diagnose, verdict
+from deploy.doctor import DoctorFlags, doctor, newest_run
 from deploy.recipes import RECIPES
 from deploy.run_dir import open_run
 
@@ -59,7 +62,7 @@ def found(values, config=CONFIG, **more):
 def test_a_healthy_run_has_no_finding_and_a_sentence():
     window = Window(rows(HEALTHY))
     assert diagnose(window, CONFIG) == []
-    assert verdict(window, []) == (
+    assert verdict(window, [], CONFIG) == (
         "healthy: the learner waits only 3% of its time (20.1 ms an update) and is the limit; actors wait for it 28% of their "
         "time, as the ratio of samples per insert asks"
     )
@@ -128,7 +131,7 @@ def test_each_bottleneck_has_its_sentence(kind):
     values, sentence = CASES[kind]
     findings = found(values)
     assert [(finding.kind, str(finding)) for finding in findings] == [(kind, sentence)]
-    assert verdict(Window(rows(values)), findings) == sentence
+    assert verdict(Window(rows(values)), findings, CONFIG) == sentence
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -148,37 +151,168 @@ def test_full_cores_that_slow_the_learner_are_told_and_no_fault():
     assert finding.kind == "cores" and not finding.is_fault
 
 
+SILENT = ["silent", "actor 3 is silent"]
+
+
 def test_who_is_away_comes_first_and_a_blink_is_not_told():
     values = rows(CASES["env"][0])
     for row in values[10:]:
-        row["degraded"] = ["actor 3 is silent"]
-    values[4]["degraded"] = ["shard 1 is coming back"]
+        row["degraded"] = [SILENT]
+    values[4]["degraded"] = [["restart", "shard 1 is coming back"]]
     findings = diagnose(Window(values), CONFIG)
     assert [finding.kind for finding in findings] == ["away", "env"]
-    assert findings[0].sentence == "actor 3 is silent, for 200 of the last 290 s"
+    assert findings[0].sentence == "actor 3 is silent, for 200 of the last 290 s" and "py-spy" in findings[0].advice
 
 
-def test_spilling_is_growth_and_not_what_was_spilled_before():
-    values = rows(HEALTHY | {"object_store/spilled_bytes": 5 << 20})
+def test_who_is_back_is_told_last_and_only_after_a_long_time():
+    values = rows(CASES["env"][0])
+    for row in values[10:15]:
+        row["degraded"] = [SILENT]
+    assert [finding.kind for finding in diagnose(Window(values), CONFIG)] == ["env"]
+    for row in values[10:22]:
+        row["degraded"] = [SILENT]
+    findings = diagnose(Window(values), CONFIG)
+    assert [finding.kind for finding in findings] == ["env", "away"]
+    assert findings[1].sentence == "actor 3 is silent (not now), for 120 of the last 290 s"
+
+
+def test_a_run_does_as_well_without_its_evaluator():
+    values = rows(CASES["env"][0], degraded=[["silent", "the evaluator is silent"]])
+    assert [finding.kind for finding in diagnose(Window(values), CONFIG)] == ["env", "away"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("disk", "make room"), ("quarantine", "of what it died"), ("node", "add nodes"), ("restart", "comes back by itself")],
+)
+def test_each_kind_of_absence_has_its_advice(kind, words):
+    (finding,) = found(HEALTHY, degraded=[[kind, "something is so"]])
+    assert words in finding.advice and "py-spy" not in finding.advice
+
+
+def test_spilling_is_growth_in_several_rows_and_not_what_was_spilled_before():
+    values = rows(HEALTHY | {"object_store/spilled_bytes": 5 << 30})
     assert diagnose(Window(values), CONFIG) == []
-    values[-1]["object_store/spilled_bytes"] = 205 << 20
+    values[-1]["object_store/spilled_bytes"] += 100 << 20
+    assert diagnose(Window(values), CONFIG) == []
+    values[-2]["object_store/spilled_bytes"] += 40 << 20
     (finding,) = diagnose(Window(values), CONFIG)
     assert (
         finding.kind == "spill"
-        and "200MiB to disk" in finding.sentence
+        and "100MiB to disk" in finding.sentence
         and "--object-store-memory, now 256MiB" in finding.advice
     )
+    (finding,) = diagnose(Window(values), replace(CONFIG, address="auto"))
+    assert "whoever fills them" in finding.sentence and "ray start" in finding.advice
+
+
+def test_a_few_bytes_spilled_are_no_full_store():
+    values = rows(HEALTHY)
+    for i, row in enumerate(values):
+        row["object_store/spilled_bytes"] = 1000 * i
+    assert diagnose(Window(values), CONFIG) == []
+
+
+def test_only_the_last_command_counts():
+    one_shard = rows(CASES["shard"][0], command_began_seconds=0.0)
+    two_shards = rows(HEALTHY, num=8, command_began_seconds=400.0)
+    for i, row in enumerate(two_shards):
+        row["time_seconds"] = 401.0 + 10 * i
+    window = Window([*one_shard, *two_shards])
+    assert len(window.rows) == 8 and diagnose(window, CONFIG) == []
+
+
+def test_rows_of_a_branch_that_was_given_up_do_not_count():
+    later = rows(CASES["shard"][0], num=60)
+    again = rows(HEALTHY, num=5)  # From an older checkpoint: the run's time goes back.
+    assert diagnose(Window([*later, *again]), CONFIG) == []
+    assert diagnose(Window(later), CONFIG) != []
+
+
+def test_a_rank_that_waits_for_the_others_blames_no_shard():
+    (finding,) = found(HEALTHY | {"learner/agree_fraction": 0.5, "learner/update_fraction": 0.4})
+    assert finding.kind == "ranks" and "waits 50% of its time for the others" in finding.sentence
+
+
+def test_where_nothing_explains_it_nothing_is_blamed():
+    nothing = {name: value for name, value in STARVED.items() if not name.startswith("prefetch/")}
+    for values in (nothing, STARVED | {"prefetch/collect_fraction": 0.05, "prefetch/held_fraction": 0.04}):
+        (finding,) = found(values)
+        assert finding.kind == "unknown"
+
+
+FULL = {"host/cpu_fraction": 0.99}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        CASES["network"][0] | FULL | {"shard/delay_fraction": 0.6, "shard/busy_fraction_max": 0.4},
+        CASES["shard"][0] | FULL | {"shard/delay_fraction": 0.8, "shard/busy_fraction_max": 0.8},
+        CASES["unpack"][0] | FULL | {"learner/delay_fraction": 0.5},
+    ],
+)
+def test_who_has_no_processor_is_not_called_slow(values):
+    (finding,) = found(values)
+    assert finding.kind == "cores" and not finding.is_fault
+
+
+def test_a_busy_shard_that_loses_a_little_to_full_processors_is_still_busy():
+    (finding,) = found(CASES["shard"][0] | FULL | {"shard/delay_fraction": 0.31})
+    assert finding.kind == "shard"
+
+
+@pytest.mark.parametrize(
+    ("part", "flag"),
+    [("publish", "--learner.publish-period-updates 100"), ("save", "--learner.checkpoint-period-seconds 240")],
+)
+def test_a_learner_that_does_other_things_than_updates_is_not_healthy(part, flag):
+    (finding,) = found(HEALTHY | {"learner/update_fraction": 0.2, f"learner/{part}_fraction": 0.6})
+    assert finding.kind == "chores" and "60% of its time" in finding.sentence and flag in finding.advice
+
+
+def test_a_fleet_without_a_single_actor_is_told_as_that():
+    (finding,) = found(HELD | {"actor/num_alive": 0, "actor/env_steps_per_second": 0.0})
+    assert finding.sentence.endswith("no actor acts")
+    (finding,) = found(CASES["env"][0] | {"actor/env_steps_per_second": 0.0})
+    assert "inf" not in str(finding)
+
+
+def test_without_a_ratio_none_is_to_be_changed():
+    config = replace(CONFIG, replay=replace(CONFIG.replay, samples_per_insert=None, limiter_buffer_samples=None))
+    (finding,) = found(CASES["actors"][0], config)
+    assert "samples-per-insert" not in str(finding)
+
+
+def test_more_prefetch_threads_than_there_may_be_are_not_advised():
+    (finding,) = found(CASES["unpack"][0] | {"prefetch/num_threads": 4})
+    assert "--learner.num-threads" not in finding.advice and "--learner.batch-size" in finding.advice
+
+
+def test_a_window_without_duration_says_nothing():
+    window = Window(rows(HEALTHY, num=1))
+    assert "too little is known" in verdict(window, diagnose(window, CONFIG), CONFIG)
+
+
+@pytest.mark.parametrize("value", ["abc", None, math.nan, math.inf, True, [1.0]])
+def test_what_is_no_number_counts_as_absent(value):
+    values = rows(HEALTHY)
+    values[5]["learner/wait_fraction"] = values[6]["degraded"] = value
+    assert Window(values).mean("learner/wait_fraction") == pytest.approx(0.03)
+    assert diagnose(Window(values), CONFIG) == []
 
 
 def test_before_the_first_update_it_says_what_is_awaited():
     (finding,) = found({"shard/size_transitions": 1200}, updates=0)
     assert finding.kind == "filling" and "1,200 of 5,000" in finding.sentence and not finding.is_fault
+    (finding,) = diagnose(Window(rows({"shard/size_transitions": 1200}, updates=0)), CONFIG, is_running=False)
+    assert "ended before anything was learned" in finding.sentence and finding.is_fault
 
 
 def test_a_serial_run_is_one_thread_and_has_no_bottleneck_between_roles():
-    from dataclasses import replace
-
-    assert found(CASES["env"][0], replace(CONFIG, serial=True)) == []
+    config = replace(CONFIG, serial=True)
+    assert found(CASES["env"][0], config) == []
+    assert verdict(Window(rows(CASES["env"][0])), [], config).startswith("a serial run: one thread")
 
 
 def test_rows_weigh_as_much_as_the_time_that_they_tell_of():
@@ -253,8 +387,6 @@ def test_rows_of_an_older_version_are_told(run):
 
 
 def test_without_a_run_it_takes_the_one_that_wrote_last(tmp_path, monkeypatch):
-    import os
-
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="needs a run directory"):
         newest_run()

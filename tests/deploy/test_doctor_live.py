@@ -88,8 +88,7 @@ def test_a_bottleneck_is_named_with_the_flag_to_change(start, tmp_path, name):
     run = start(kind, *words, *QUIET)
     learn_for(run, SECONDS + 3)
     text, report = examine(run, tmp_path)
-    if expected in ("env", "actors") and report["means"]["actor/delay_fraction"] >= 0.3:
-        assert report["findings"][0]["kind"] == "cores", text
+    if expected != "limiter" and report["means"]["host/cpu_fraction"] >= 0.93 and report["findings"][0]["kind"] == "cores":
         pytest.skip("this machine is too busy with other things to have any other bottleneck")
     assert [finding["kind"] for finding in report["findings"]] == [expected], text
     assert sentence in report["verdict"] and flag in report["verdict"], text
