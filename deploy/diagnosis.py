@@ -5,6 +5,7 @@ It begins with the learner: as long as that works, nothing else is a bottleneck.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ class Window:
     def increments(self, name: str) -> list[float]:
         """Returns by how much a count has grown, each time that it has."""
         values = [value for value, _ in self._values(name)]
-        return [after - before for before, after in zip(values, values[1:], strict=False) if after > before]
+        return [after - before for before, after in itertools.pairwise(values) if after > before]
 
     def degraded(self) -> dict[tuple[str, str], float]:
         """Returns what the run did without, as (kind, sentence), and for how many seconds."""
@@ -159,7 +160,8 @@ def diagnose(window: Window, config: RunConfig, *, is_running: bool = True) -> l
 
 def _away(window: Window) -> tuple[list[Finding], list[Finding]]:
     """Returns those that are away now or were so for long, and those without whom the run does as well."""
-    urgent, minor = [], []
+    urgent: list[Finding] = []
+    minor: list[Finding] = []
     for (kind, sentence), seconds in sorted(window.degraded().items(), key=lambda item: -item[1]):
         is_now = window.is_degraded_by((kind, sentence))
         if seconds < (min(_AWAY_SECONDS, window.seconds / 2) if is_now else max(_AWAY_SECONDS, window.seconds / 3)):
