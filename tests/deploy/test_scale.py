@@ -15,7 +15,8 @@ import pytest
 
 from actors.environments import probe
 from common.errors import UserError
-from deploy import cli, plan, run_dir, scale, scale_run
+from deploy import cli, plan, run_dir, scale, scale_figures, scale_run
+from deploy.metrics_export import ROW_METRICS
 from deploy.recipes import RECIPES
 from deploy.scale import ScaleFlags, make_points, powers_of_two
 from deploy.scale_figures import draw_axis
@@ -249,6 +250,12 @@ def test_figures_are_from_counters_and_means_are_weighted_with_time():
     assert (figures["learner/updates_per_second"], figures["learner/samples_per_second"]) == (2, 128)
     assert figures["learner/busy_fraction"] == pytest.approx(0.6) and figures["shard/busy_fraction"] == pytest.approx(0.3)
     assert "actor/env_fraction" not in figures
+
+
+def test_every_column_that_is_read_is_one_that_rows_have():
+    assert {*scale_run.MEANS, *scale_run.RATES, *scale_run.RATES.values(), "actor/num_alive"} <= set(ROW_METRICS)
+    shown = {column for column, _, _ in scale_figures._BUSY}
+    assert shown <= set(scale_run.COLUMNS)
 
 
 def test_a_row_that_is_being_written_waits_for_its_end(tmp_path):
