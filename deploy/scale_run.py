@@ -5,6 +5,7 @@ What is measured lies between two of its rows, after the learner has begun and a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -55,6 +56,7 @@ COLUMNS = ("measured_seconds", *RATES, *MEASURED, *MEANS)
 
 _LOOK_SECONDS = 0.1
 _MOST_SECONDS_TO_LEARN = 1_800.0
+_MOST_SECONDS_SILENT = 60.0  # Beyond all that is measured; rows come once a second.
 _END_SECONDS = 180.0
 _KILL_SECONDS = 10.0
 
@@ -126,14 +128,16 @@ class RowsTail:
         self._rows: list[Row] = []
 
     def rows(self) -> list[Row]:
-        """Returns all rows that are there whole."""
+        """Returns all rows that are there whole; a line that is none, torn on a full disk, is passed over."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
                 whole, newline, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:
             return self._rows
-        self._rows += [json.loads(line) for line in whole.splitlines()]
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):
+                self._rows.append(json.loads(line))
         self._offset += len(whole + newline)
         return self._rows
 
@@ -189,11 +193,17 @@ def _watch(
 ) -> tuple[dict[str, float], str | None]:
     """Returns the figures, as soon as they are there; none where the run ends before, or the sweep. And a fault, where it was one."""
     deadline = time.monotonic() + _MOST_SECONDS_TO_LEARN
+    silent_seconds = warm_up_seconds + seconds + _MOST_SECONDS_SILENT
     tail = RowsTail(path)
     began: _Host | None = None
+    num_rows, heard = 0, time.monotonic()
     while process.poll() is None and not stop():
         time.sleep(_LOOK_SECONDS)
         rows = tail.rows()
+        if len(rows) > num_rows:
+            num_rows, heard = len(rows), time.monotonic()
+        elif rows and time.monotonic() > heard + silent_seconds:
+            return {}, f"it told nothing more for {silent_seconds:.0f} s"
         window = find_window(rows, num_actors=num_actors, warm_up_seconds=warm_up_seconds, seconds=seconds)
         if window is None:
             if time.monotonic() > deadline:

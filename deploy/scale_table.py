@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from common.config import RunConfig
 from common.errors import UserError
 from common.files import write_whole
-from deploy.scale_run import COLUMNS
+from deploy.scale_run import COLUMNS, RATES
 
 _NAMES = ("round", "digest", "commit", "date", "fault")
 
@@ -107,7 +108,7 @@ class ScaleTable:
         """Reads the table; an empty one where there is no file.
 
         Raises:
-          UserError: where the file is not such a table.
+          UserError: where the file is not such a table, or a row without a fault has no rates.
         """
         if not path.exists():
             return cls(path, [])
@@ -117,7 +118,13 @@ class ScaleTable:
                 reader = csv.DictReader(file, strict=True)
                 if not wanted <= set(reader.fieldnames or ()):
                     raise ValueError("columns are missing")
-                return cls(path, [_parse(row) for row in reader])
+                rows = []
+                for words in reader:
+                    rows.append(_parse(words))
+                    _check_numbers(rows[-1], f"{path}, line {reader.line_num}")
+                return cls(path, rows)
+        except UserError:
+            raise
         except (ValueError, TypeError, csv.Error, OSError) as error:
             raise UserError(f"{path}: not a table of qfleet scale ({error}); move it away, or choose another --out") from error
 
@@ -151,6 +158,15 @@ def _parse(words: dict[str, str]) -> Row:
     for name in Settings.names():
         row[name] = int(words[name]) if name != "samples_per_insert" else _ratio(words[name])
     return row | {name: float(words[name]) for name in COLUMNS if words.get(name)}
+
+
+def _check_numbers(row: Row, where: str) -> None:
+    """Raises UserError where what was measured without a fault is no number, or a rate that is not positive: no law is of such."""
+    for name in COLUMNS if not row["fault"] else ():
+        value = row.get(name, 0.0 if name in RATES else 1.0)
+        if not math.isfinite(value) or (name in RATES and value <= 0):
+            told = f"{value:g}" if name in row else "empty"
+            raise UserError(f"{where}: {name} is {told}; delete the line, and the same command measures it again")
 
 
 def _ratio(word: str) -> float | str:

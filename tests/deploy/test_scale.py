@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -169,6 +170,15 @@ def test_what_else_goes_wrong_is_named(says, expected, script, tmp_path, monkeyp
     assert [row["fault"] for row in table(out)] == [expected]
 
 
+@pytest.mark.parametrize("row", [15, 23], ids=["before_the_window", "within_it"])
+def test_a_run_that_tells_nothing_more_is_given_up(row, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(scale_run, "_MOST_SECONDS_SILENT", 0.4)
+    out = tmp_path / "out"
+    path = script(faults={"2": {"silent_at": row}})
+    assert sweep(path, out, actors=(2,), rounds=1, seconds=0.5, warm_up_seconds=0.1) == 1
+    assert [row["fault"] for row in table(out)] == ["it told nothing more for 1 s"]
+
+
 def test_a_sweep_whose_first_run_is_refused_is_a_mistake(script, tmp_path):
     with pytest.raises(UserError, match="the first run was refused: no token for --address"):
         sweep(script(faults={"2": {"refuses": "no token for --address"}}), tmp_path / "out", actors=(2,), rounds=1)
@@ -261,11 +271,11 @@ def test_every_column_that_is_read_is_one_that_rows_have():
 def test_a_row_that_is_being_written_waits_for_its_end(tmp_path):
     tail, file = RowsTail(tmp_path), tmp_path / "metrics.jsonl"
     seen = [tail.rows()[:]]
-    for part in ('{"updates": 1}\n{"upd', 'ates": 2}', '\n{"updates": 3}\n'):
+    for part in ('{"updates": 1}\n{"upd', 'ates": 2}', '\n{"updates": 3}\n', '{"upda{"updates": 4}\n{"updates": 5}\n'):
         with file.open("a") as growing:
             growing.write(part)
         seen.append([row["updates"] for row in tail.rows()])
-    assert seen == [[], [1], [1], [1, 2, 3]]
+    assert seen == [[], [1], [1], [1, 2, 3], [1, 2, 3, 5]]  # A line torn by a full disk is passed over.
 
 
 def points(flags, config=None, spec=None):
@@ -371,7 +381,7 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
             "date": "2026-11-23",
             "fault": 'the "disk", is full' if index else "",
         }
-        rows.add({name: getattr(settings, name) for name in Settings.names()} | about | {"learner/busy_fraction": 0.5})
+        rows.add(picture_row(settings, 1, 100.0) | about | {"learner/busy_fraction": 0.5})
         rows.write()
     again = ScaleTable.read(path)
     assert again.has("d0", None, 1) and not again.has("d0", None, 2) and not again.has("d0", "c0ffee", 1)
@@ -379,6 +389,24 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
     (row,) = again.measured({"d0", "d1"}, None)
     assert (row["samples_per_insert"], row["learner/busy_fraction"], row["round"], row["actors"]) == (4.0, 0.5, 1, 1)
     assert "shard/busy_fraction" not in row
+
+
+@pytest.mark.parametrize("cell", ["nan", "0.0", "", "inf", "-1"])
+def test_a_row_without_its_rate_is_named_by_its_line(cell, script, tmp_path):
+    path, out = script(faults={"2": {"dies_at": 25}}), tmp_path / "out"
+    sweep(path, out, actors=(1, 2, 3), rounds=1)
+    rows = table(out)
+    (spoilt,) = [row for row in rows if row["actors"] == "3"]
+    spoilt["learner/updates_per_second"] = cell
+    with (out / "scale.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(spoilt))
+        writer.writeheader()
+        writer.writerows(rows)
+    told = {"": "empty", "0.0": "0"}.get(cell, cell)
+    place = f"scale.csv, line {rows.index(spoilt) + 2}: learner/updates_per_second is {told}; delete the line"
+    with pytest.raises(UserError, match=re.escape(place)):
+        sweep(path, out, actors=(1, 2, 3), rounds=1)
+    assert len(calls(path)) == 3
 
 
 def test_an_axis_takes_only_rows_that_differ_in_nothing_else():
