@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -75,13 +76,16 @@ class ScaleFlags:
 
     def __post_init__(self) -> None:
         for name in ("actors", "envs_per_actor", "shards", "batch_size", "devices", "samples_per_insert", "rates"):
-            if any(value != "none" and value <= 0 for value in getattr(self, name)):
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+            for value in getattr(self, name):
+                if value != "none" and not 0 < value < math.inf:
+                    raise ValueError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
         for name in ("rounds", "seconds", "role_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
-        if self.warm_up_seconds < 0 or self.seed < 0:
-            raise ValueError("--warm-up-seconds and --seed must not be negative")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(self, name)}")
+        if not 0 <= self.warm_up_seconds < math.inf:
+            raise ValueError(f"--warm-up-seconds must be finite and not negative, got {self.warm_up_seconds}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {self.seed}")
         if self.rates and self.role is None:
             raise ValueError("--rates is what a role is loaded with: name it with --role")
         if self.role is not None and (axes := self.axes()):

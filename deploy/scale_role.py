@@ -109,9 +109,9 @@ def _check(config: RunConfig, role: str, rates: Sequence[float], seconds: float,
         raise UserError("--role loads a role in a process of its own: leave out --serial")
     for rate in rates:
         if not (math.isfinite(rate) and rate > 0):
-            raise UserError(f"--rates must be positive, got {rate:g}")
+            raise UserError(f"--rates must be positive and finite, got {rate:g}")
     if not (math.isfinite(seconds) and seconds > 0):
-        raise UserError(f"--seconds must be positive, got {seconds:g}")
+        raise UserError(f"--role-seconds must be positive and finite, got {seconds:g}")
     if rounds < 1:
         raise UserError(f"--rounds must be positive, got {rounds}")
 

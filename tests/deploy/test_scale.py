@@ -145,7 +145,7 @@ def test_a_run_with_a_fault_is_a_row_and_the_sweep_goes_on_and_tries_again(scrip
     assert rows["3"]["fault"] == "it ended with status 1: the shard died"
     assert rows["1"]["fault"] == rows["4"]["fault"] == ""
     assert [p["value"] for p in json.loads((out / "scale.json").read_text())["axes"]["actors"]["points"]] == [1, 4]
-    assert "no law: 2 different actors" in capsys.readouterr().out
+    assert "no law from 2 points" in capsys.readouterr().out
     assert sweep(script(), out, rounds=1) == 0
     assert sorted(calls(path)[4:]) == [2, 3] and len(table(out)) == 4
 
@@ -340,6 +340,15 @@ def test_without_an_axis_actors_double_up_to_the_processors():
         (["scale", "gridworld", "--actors", "0"], "--actors must be positive"),
         (["scale", "gridworld", "--samples-per-insert", "non"], "--samples-per-insert"),
         (["scale", "gridworld", "--rounds", "0"], "--rounds must be positive"),
+        (["scale", "gridworld", "--seconds", "nan"], "--seconds must be positive and finite, got nan"),
+        (["scale", "gridworld", "--seconds", "inf"], "--seconds must be positive and finite, got inf"),
+        (["scale", "gridworld", "--warm-up-seconds", "nan"], "--warm-up-seconds must be finite"),
+        (
+            ["scale", "gridworld", "--samples-per-insert", "8", "nan"],
+            "--samples-per-insert must be positive and finite, got nan",
+        ),
+        (["scale", "gridworld", "--role", "shard", "--role-seconds", "nan"], "--role-seconds must be positive and finite"),
+        (["scale", "gridworld", "--role", "shard", "--rates", "5", "inf"], "--rates must be positive and finite, got inf"),
         (["scale", "gridworld", "--rates", "5"], "name it with --role"),
         (["scale", "gridworld", "--role", "shard", "--batch-size", "64"], "leave out --batch-size"),
         (["scale", "gridworld", "--actor", "2"], "did you mean --actors"),
@@ -430,7 +439,12 @@ def test_an_axis_takes_only_rows_that_differ_in_nothing_else():
     shards = axis_result(AXES["shards"], config, [1, 2], rows, num_cpus=4, seed=0, warm_up_seconds=10.0)
     assert shards.of(2, "learner/samples_per_second") == [144.0]
     ratio = axis_result(AXES["samples_per_insert"], config, ["none", 16.0], rows, num_cpus=4, seed=0, warm_up_seconds=10.0)
-    assert ratio.values == [16.0, "none"] and "most at no ratio" in ratio.sentence and ratio.law is None
+    assert (
+        ratio.values == [16.0, "none"]
+        and "120 without a ratio env steps/s" in ratio.sentence
+        and "most without a ratio" in ratio.sentence
+        and ratio.law is None
+    )
     assert actors.notes == []
     unsettled = axis_result(
         AXES["actors"], config, [2], [row(100.0, actors=2) | {SAMPLES: 3_000.0}], num_cpus=4, seed=0, warm_up_seconds=10.0

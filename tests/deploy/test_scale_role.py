@@ -289,8 +289,8 @@ def test_a_shard_is_loaded_with_its_part_of_the_recipe():
     ("change", "arguments", "sentence"),
     [
         ({}, {"role": "actor"}, "--role actor: there are shard, store, learner"),
-        ({}, {"rates": (10.0, -1.0)}, "--rates must be positive, got -1"),
-        ({}, {"seconds": 0.0}, "--seconds must be positive"),
+        ({}, {"rates": (10.0, -1.0)}, "--rates must be positive and finite, got -1"),
+        ({}, {"seconds": 0.0}, "--role-seconds must be positive"),
         ({}, {"rounds": 0}, "--rounds must be positive"),
         ({"address": "auto"}, {}, "leave out --address"),
         ({"serial": True}, {}, "leave out --serial"),
