@@ -6,6 +6,7 @@ What is measured lies between two of its rows, after the learner has begun and a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 
@@ -59,6 +60,8 @@ _MOST_SECONDS_TO_LEARN = 1_800.0
 _MOST_SECONDS_SILENT = 60.0  # Beyond all that is measured; rows come once a second.
 _END_SECONDS = 180.0
 _KILL_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ def measure_run(
     seconds: float,
     num_actors: int,
     on_this_host: bool,
+    lock: TextIO,
     stop: Callable[[], bool],
 ) -> Measurement:
     """Starts a training run, measures it and ends it.
@@ -91,6 +95,7 @@ def measure_run(
       command: of the run that writes to `path`; its output goes to a file beside that, with the suffix .log.
       num_actors: that must act before the warm-up begins.
       on_this_host: whether all its processes run here, so that their processors and memory can be told.
+      lock: of the sweep's directory. The run holds it too, so that no other sweep measures beside one that its own, killed, left behind.
       stop: is asked again and again whether the sweep is to end.
 
     Raises:
@@ -99,7 +104,14 @@ def measure_run(
     with path.with_suffix(".log").open("w") as log:
         # In a session of its own: Ctrl-C is for the sweep, which then asks the run to end.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=_environment()
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+            pass_fds=(lock.fileno(),),
+            env=_environment(),
         )
     try:
         figures, fault = _watch(process, path, warm_up_seconds, seconds, num_actors, on_this_host, stop)
@@ -236,6 +248,11 @@ def _end(process: subprocess.Popen[bytes]) -> int | None:
         return process.wait(_END_SECONDS)
     except subprocess.TimeoutExpired:
         return None
+
+
+def _end_with_parent() -> None:
+    """Has the system ask this process to end, as by Ctrl-C, when the sweep is killed and cannot."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGINT), 0, 0, 0)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -1,14 +1,15 @@
-"""The settings that `qfleet scale` sweeps, and scale.csv, the table of all that it measured."""
+"""The settings that `qfleet scale` sweeps, scale.csv, the table of all that it measured, and the lock of the directory that has it."""
 
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from common.config import RunConfig
 from common.errors import UserError
@@ -147,6 +148,27 @@ class ScaleTable:
         writer.writeheader()
         writer.writerows(self._rows)
         write_whole(self._path, out.getvalue().encode())
+
+
+def lock_directory(out: Path) -> TextIO:
+    """Makes the directory; returns its lock, which holds until the file is closed here and in every process that has it.
+
+    Raises:
+      UserError: where it cannot be made, or another sweep is at work there.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another directory") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise UserError(
+            f"--out {out}: another qfleet scale is at work there, or a run of one that was killed is ending; stop it first, or choose another --out"
+        ) from error
+    return lock
 
 
 def _key(row: Row) -> tuple[str, str, int]:
