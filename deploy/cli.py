@@ -54,6 +54,13 @@ _SUBJECTS = {
     "bench": "what to measure (replay, learner)",
 }
 
+_KEPT = {
+    "train": "; checkpoints that were written before are kept",
+    "resume": "; checkpoints that were written before are kept",
+    "scale": "; what was measured before is kept",
+}
+"""What a command leaves that someone ends at once."""
+
 _REGISTRY = ConstructorRegistry()
 T = TypeVar("T")
 
@@ -134,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("qfleet: ended at once; checkpoints that were written before are kept", file=sys.stderr)
+        print(f"qfleet: ended at once{_KEPT.get(next(iter(words), ''), '')}", file=sys.stderr)
         return 130
 
 

@@ -6,6 +6,7 @@ run.json  workers.json  metrics.jsonl  events.*  checkpoints/  learning_curve.pn
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -287,15 +288,25 @@ def versions() -> dict[str, str]:
 
 def commit(checkout: Path = _CHECKOUT) -> str | None:
     """Returns the git commit of the checkout, with -dirty where a tracked file was changed; None where it is none, or without git."""
+    told = _git(checkout, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return told.decode().strip() if told is not None else None
+
+
+def uncommitted(checkout: Path = _CHECKOUT) -> str | None:
+    """Returns a digest of what tracked files have beyond the commit; None where they have nothing, and where `commit` is None."""
+    changes = _git(checkout, "diff", "HEAD", "--binary", "--no-ext-diff", "--no-color")
+    return hashlib.sha256(changes).hexdigest()[:12] if changes else None
+
+
+def _git(checkout: Path, *words: str) -> bytes | None:
     if not (checkout / ".git").exists():  # Installed elsewhere: a repository around it is not ours.
         return None
-    words = ["git", f"--git-dir={checkout / '.git'}", f"--work-tree={checkout}"]
-    words += ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", f"--git-dir={checkout / '.git'}", f"--work-tree={checkout}", *words]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout if done.returncode == 0 else None
 
 
 def hardware() -> dict[str, Any]:

@@ -7,9 +7,9 @@ command goes on; scale.json has the laws (`deploy/scaling_law.py`), the sentence
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -25,7 +25,7 @@ from common.config import EnvSpec, RunConfig
 from common.errors import UserError
 from deploy import plan, run_dir
 from deploy.scale_run import Measurement, measure_run
-from deploy.scale_table import ScaleTable, Settings
+from deploy.scale_table import Row, ScaleTable, Settings, lock_directory
 from deploy.stop_signal import StopSignal
 from deploy.train import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED
 
@@ -75,13 +75,16 @@ class ScaleFlags:
 
     def __post_init__(self) -> None:
         for name in ("actors", "envs_per_actor", "shards", "batch_size", "devices", "samples_per_insert", "rates"):
-            if any(value != "none" and value <= 0 for value in getattr(self, name)):
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
+            for value in getattr(self, name):
+                if value != "none" and not 0 < value < math.inf:
+                    raise ValueError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
         for name in ("rounds", "seconds", "role_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
-        if self.warm_up_seconds < 0 or self.seed < 0:
-            raise ValueError("--warm-up-seconds and --seed must not be negative")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(self, name)}")
+        if not 0 <= self.warm_up_seconds < math.inf:
+            raise ValueError(f"--warm-up-seconds must be finite and not negative, got {self.warm_up_seconds}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {self.seed}")
         if self.rates and self.role is None:
             raise ValueError("--rates is what a role is loaded with: name it with --role")
         if self.role is not None and (axes := self.axes()):
@@ -139,18 +142,17 @@ def scale(
 
         spec = probe(config.env)
     points, left_out = make_points(config, axes, flags, spec)
-    lock = _open(out)
-    try:
-        table = ScaleTable.read(out / "scale.csv")
-        sweep = Sweep(config, flags, axes, points, out, table, [*command, "train", config.recipe, *words])
-        sweep.announce(left_out)
-        return sweep.run(StopSignal())
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or out}: cannot be written ({error.strerror}); what was measured before is kept, and the same command goes on"
-        ) from error
-    finally:
-        lock.close()
+    with lock_directory(out) as lock:
+        try:
+            (out / "runs").mkdir(exist_ok=True)
+            table = ScaleTable.read(out / "scale.csv")
+            sweep = Sweep(config, flags, axes, points, out, table, [*command, "train", config.recipe, *words], lock)
+            sweep.announce(left_out)
+            return sweep.run(StopSignal())
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or out}: cannot be written ({error.strerror}); what was measured before is kept, and the same command goes on"
+            ) from error
 
 
 def _check_words(words: Sequence[str]) -> None:
@@ -188,6 +190,7 @@ def make_points(
     if config.address is None:
         _check_devices(config, max(settings.devices for settings in chosen))
     points, left_out = [], []
+    uncommitted = run_dir.uncommitted()
     for settings in dict.fromkeys(chosen):
         try:
             one = settings.applied_to(config)
@@ -195,7 +198,7 @@ def make_points(
             raise UserError(f"{settings.difference(base) or 'the recipe'}: {error}") from error
         why = _no_room(one, spec)
         if why is None:
-            points.append(Point(settings, one, _digest(one, flags)))
+            points.append(Point(settings, one, _digest(one, flags, uncommitted)))
         else:
             left_out.append(f"{settings.difference(base) or 'the recipe itself'}: {why}")
     if not points:
@@ -227,8 +230,8 @@ def _check_devices(config: RunConfig, most: int) -> None:
             raise UserError(f"--devices {most}: this machine has {num_gpus} GPU{'s' if num_gpus > 1 else ''}")
 
 
-def _digest(config: RunConfig, flags: ScaleFlags) -> str:
-    """Returns the digest of what a measurement depends on: settings, times, hardware, versions."""
+def _digest(config: RunConfig, flags: ScaleFlags, uncommitted: str | None) -> str:
+    """Returns the digest of what a measurement depends on beside the commit: settings, times, hardware, versions, code without a commit."""
     parts = {
         "config": config_module.as_dict(config),
         "seconds": flags.seconds,
@@ -236,29 +239,9 @@ def _digest(config: RunConfig, flags: ScaleFlags) -> str:
         "hardware": run_dir.hardware(),
         "num_cpus": run_dir.num_cpus(),
         "versions": run_dir.versions(),
+        **({"uncommitted": uncommitted} if uncommitted is not None else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _open(out: Path) -> TextIO:
-    """Makes the directory; returns its lock.
-
-    Raises:
-      UserError: where it cannot be made, or another sweep is at work there.
-    """
-    try:
-        (out / "runs").mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("a")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another directory") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise UserError(
-            f"--out {out}: another qfleet scale is at work there; stop it first, or choose another --out"
-        ) from error
-    return lock
 
 
 class Sweep:
@@ -273,9 +256,11 @@ class Sweep:
         out: Path,
         table: ScaleTable,
         command: Sequence[str],
+        lock: TextIO,
     ) -> None:
+        """`lock`: of `out`, which each run holds too."""
         self._config, self._flags, self._axes, self._points = config, flags, axes, points
-        self._out, self._table, self._command = out, table, list(command)
+        self._out, self._table, self._command, self._lock = out, table, list(command), lock
         self._commit = run_dir.commit()
 
     def announce(self, left_out: Sequence[str]) -> None:
@@ -285,13 +270,17 @@ class Sweep:
         todo = len(self.schedule())
         done = len(self._points) * flags.rounds - todo
         minutes = todo * (flags.seconds + flags.warm_up_seconds + _START_AND_END_SECONDS) / 60
-        hardware = run_dir.hardware()
+        hardware, min_size = run_dir.hardware(), config.replay.min_size
         where = f"on {run_dir.num_cpus()} CPUs ({hardware['cpu']})" if config.address is None else f"on {config.address}"
         print(f"{config.recipe}, {config.env.game}, {where}: {swept}")
         print(
             f"{len(self._points)} points x {flags.rounds} rounds: {todo} runs"
             + (f" ({done} are in {self._out / 'scale.csv'} already)" if done else "")
-            + f", about {max(minutes, 1):.0f} min, and in each run the time until replay has its {config.replay.min_size:,} transitions"
+            + (
+                f", about {max(minutes, 1):.0f} min, and in each run the time until replay has its {min_size:,} transitions"
+                if todo
+                else ""
+            )
         )
         for sentence in left_out:
             print(f"left out: {sentence}")
@@ -321,7 +310,11 @@ class Sweep:
             self._table.write()
             print(f"[{index + 1}/{len(schedule)}] round {number}, {point.settings.text()}: {_told(measured)}", flush=True)
             status = EXIT_FAULT if measured.fault is not None else status
-        self._write_results()
+        rows = self._table.measured({point.digest for point in self._points}, self._commit)
+        if stop() and not rows:
+            print("interrupted before anything was measured; the same command begins again")
+            return EXIT_INTERRUPTED
+        self._write_results(rows)
         if stop():
             print(f"interrupted; what was measured is in {self._out / 'scale.csv'}, and the same command goes on from there")
             return EXIT_INTERRUPTED
@@ -332,7 +325,7 @@ class Sweep:
         config, flags = point.config, self._flags
         minutes = _MOST_MINUTES + (flags.seconds + flags.warm_up_seconds) / 60
         words = ["--run-dir", str(path), "--log-period-seconds", "1", "--max-minutes", f"{minutes:.1f}"]
-        words += ["--max-updates", "None", "--max-env-steps", "None"]
+        words += ["--seed", str(config.seed + number - 1), "--max-updates", "None", "--max-env-steps", "None"]
         words += ["--evaluation.period-seconds", "None", "--evaluation.target-return", "None"]
         words += ["--address", config.address] if config.address is not None else []
         measured = measure_run(
@@ -342,6 +335,7 @@ class Sweep:
             seconds=flags.seconds,
             num_actors=config.actors.num_workers,
             on_this_host=config.address is None,
+            lock=self._lock,
             stop=stop,
         )
         if measured.fault is None:
@@ -360,10 +354,9 @@ class Sweep:
             **measured.figures,
         }
 
-    def _write_results(self) -> None:
+    def _write_results(self, rows: Sequence[Row]) -> None:
         from deploy.scale_results import write_results
 
-        rows = self._table.measured({point.digest for point in self._points}, self._commit)
         told = write_results(
             self._config,
             self._axes,

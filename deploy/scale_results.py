@@ -200,7 +200,7 @@ def _sentence(
     num_cpus: int | None,
 ) -> str:
     unit = UNITS[axis.metric]
-    curve = ", ".join(f"{usage.throughput:,.0f} at {value_text(value)}" for value, usage in zip(values, usages, strict=True))
+    curve = ", ".join(f"{usage.throughput:,.0f} {_at(value)}" for value, usage in zip(values, usages, strict=True))
     parts = [f"{axis.label}: {curve} {unit}"]
     if axis.has_law and len(found) > 1:
         last = found[-1]
@@ -209,7 +209,7 @@ def _sentence(
         parts.append(law_text(law, len(values), axis.label))
     elif len(values) > 1:
         best = max(range(len(values)), key=lambda index: usages[index].throughput)
-        parts.append(f"most at {value_text(values[best])}")
+        parts.append(f"most {_at(values[best])}")
     limit = limit_text(usages, axis.label, num_cpus=num_cpus, unit=unit.removesuffix("s/s"))
     advice = actors_advice(usages, law, num_cpus=num_cpus) if axis.name == "actors" else ""
     return "; ".join(part for part in (*parts, limit, advice) if part)
@@ -219,8 +219,12 @@ def _number(value: float | str) -> float:
     return math.inf if isinstance(value, str) else value
 
 
+def _at(value: float | str) -> str:
+    return "without a ratio" if isinstance(value, str) else f"at {value_text(value)}"
+
+
 def value_text(value: float | str) -> str:
-    """Writes a value of an axis."""
+    """Writes a value of an axis, as its picture has it."""
     return "no ratio" if isinstance(value, str) else f"{value:g}"
 
 

@@ -11,7 +11,7 @@ import contextlib
 import csv
 import itertools
 import math
-import os
+import shutil
 import signal
 import statistics
 import tempfile
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from common.config import RunConfig, as_dict
 from common.errors import UserError
 from deploy import ray_environment, run_dir
+from deploy.scale_table import lock_directory
 
 if TYPE_CHECKING:
     from deploy.role_loads import Point, RoleLoad, Row
@@ -33,6 +34,7 @@ ROLES = ("shard", "store", "learner")
 RAMP = tuple(tenth / 10 for tenth in range(1, 11))
 """Offered rates where none are given, as parts of the limit that the closed loop found."""
 _PART_TOLD = 0.7
+_SCRATCH = ".scale-"
 _DEMANDS = ("role_cpu_us_each", "role_thread_us_each", "method_cpu_us_each")
 
 
@@ -51,7 +53,13 @@ def load_role(config: RunConfig, role: str, *, rates: tuple[float, ...], seconds
       UserError: for what cannot be measured, or a directory that cannot be written.
     """
     _check(config, role, rates, seconds, rounds)
-    _make_writable(out)
+    with lock_directory(out):
+        for left in out.glob(f"{_SCRATCH}*"):  # By a command that was killed.
+            shutil.rmtree(left, ignore_errors=True)
+        return _load_role(config, role, rates, seconds, rounds, out)
+
+
+def _load_role(config: RunConfig, role: str, rates: Sequence[float], seconds: float, rounds: int, out: Path) -> int:
     ray_environment.prepare()
     from actors.environments import check_atari_game, probe
     from deploy.bench import local_ray
@@ -62,7 +70,9 @@ def load_role(config: RunConfig, role: str, *, rates: tuple[float, ...], seconds
     rows: list[Row] = []
     about: dict[str, Any] = {}
     is_interrupted = False
-    with tempfile.TemporaryDirectory(dir=out, prefix=".scale-") as directory, local_ray(config):
+    with _writing(out):
+        scratch = tempfile.TemporaryDirectory(dir=out, prefix=_SCRATCH, ignore_cleanup_errors=True)
+    with scratch as directory, local_ray(config):
         from deploy.role_loads import load_of
 
         try:
@@ -90,12 +100,13 @@ def load_role(config: RunConfig, role: str, *, rates: tuple[float, ...], seconds
         "hardware": run_dir.hardware(),
         "config": as_dict(config),
     }
-    run_dir.write_json(out / f"{role}.json", card)
     from deploy.role_figure import draw_role
 
-    draw_role(rows, found, title=f"one {role}, {config.recipe}", out=out / f"{role}.png")
     for line in sentences(role, rows, found, config.learner.batch_size):
         print(line)
+    with _writing(out):
+        run_dir.write_json(out / f"{role}.json", card)
+        draw_role(rows, found, title=f"one {role}, {config.recipe}", out=out / f"{role}.png")
     print(f"see {', '.join(str(out / f'{role}.{suffix}') for suffix in ('csv', 'json', 'png'))}")
     return 130 if is_interrupted else 0
 
@@ -109,20 +120,22 @@ def _check(config: RunConfig, role: str, rates: Sequence[float], seconds: float,
         raise UserError("--role loads a role in a process of its own: leave out --serial")
     for rate in rates:
         if not (math.isfinite(rate) and rate > 0):
-            raise UserError(f"--rates must be positive, got {rate:g}")
+            raise UserError(f"--rates must be positive and finite, got {rate:g}")
     if not (math.isfinite(seconds) and seconds > 0):
-        raise UserError(f"--seconds must be positive, got {seconds:g}")
+        raise UserError(f"--role-seconds must be positive and finite, got {seconds:g}")
     if rounds < 1:
         raise UserError(f"--rounds must be positive, got {rounds}")
 
 
-def _make_writable(out: Path) -> None:
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says in a line what cannot be written, as on a full disk."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be made ({error.strerror})") from error
-    if not os.access(out, os.W_OK):
-        raise UserError(f"--out {out}: no permission to write there")
+        raise UserError(
+            f"{error.filename or path}: cannot be written ({error.strerror}); what was measured before is in the CSV"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -146,7 +159,7 @@ class Table:
     def add(self, row: Row) -> None:
         is_first = not self._rows
         self._rows.append(row)
-        with self._path.open("w" if is_first else "a", newline="") as file:
+        with _writing(self._path), self._path.open("w" if is_first else "a", newline="") as file:
             writer = csv.writer(file)
             if is_first:
                 writer.writerow([field.name for field in fields(row)])

@@ -5,6 +5,8 @@ What is measured lies between two of its rows, after the learner has begun and a
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -14,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 
@@ -55,8 +57,11 @@ COLUMNS = ("measured_seconds", *RATES, *MEASURED, *MEANS)
 
 _LOOK_SECONDS = 0.1
 _MOST_SECONDS_TO_LEARN = 1_800.0
+_MOST_SECONDS_SILENT = 60.0  # Beyond all that is measured; rows come once a second.
 _END_SECONDS = 180.0
 _KILL_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,7 @@ def measure_run(
     seconds: float,
     num_actors: int,
     on_this_host: bool,
+    lock: TextIO,
     stop: Callable[[], bool],
 ) -> Measurement:
     """Starts a training run, measures it and ends it.
@@ -89,6 +95,7 @@ def measure_run(
       command: of the run that writes to `path`; its output goes to a file beside that, with the suffix .log.
       num_actors: that must act before the warm-up begins.
       on_this_host: whether all its processes run here, so that their processors and memory can be told.
+      lock: of the sweep's directory. The run holds it too, so that no other sweep measures beside one that its own, killed, left behind.
       stop: is asked again and again whether the sweep is to end.
 
     Raises:
@@ -97,7 +104,14 @@ def measure_run(
     with path.with_suffix(".log").open("w") as log:
         # In a session of its own: Ctrl-C is for the sweep, which then asks the run to end.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=_environment()
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+            pass_fds=(lock.fileno(),),
+            env=_environment(),
         )
     try:
         figures, fault = _watch(process, path, warm_up_seconds, seconds, num_actors, on_this_host, stop)
@@ -126,14 +140,16 @@ class RowsTail:
         self._rows: list[Row] = []
 
     def rows(self) -> list[Row]:
-        """Returns all rows that are there whole."""
+        """Returns all rows that are there whole; a line that is none, torn on a full disk, is passed over."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
                 whole, newline, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:
             return self._rows
-        self._rows += [json.loads(line) for line in whole.splitlines()]
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):
+                self._rows.append(json.loads(line))
         self._offset += len(whole + newline)
         return self._rows
 
@@ -189,11 +205,17 @@ def _watch(
 ) -> tuple[dict[str, float], str | None]:
     """Returns the figures, as soon as they are there; none where the run ends before, or the sweep. And a fault, where it was one."""
     deadline = time.monotonic() + _MOST_SECONDS_TO_LEARN
+    silent_seconds = warm_up_seconds + seconds + _MOST_SECONDS_SILENT
     tail = RowsTail(path)
     began: _Host | None = None
+    num_rows, heard = 0, time.monotonic()
     while process.poll() is None and not stop():
         time.sleep(_LOOK_SECONDS)
         rows = tail.rows()
+        if len(rows) > num_rows:
+            num_rows, heard = len(rows), time.monotonic()
+        elif rows and time.monotonic() > heard + silent_seconds:
+            return {}, f"it told nothing more for {silent_seconds:.0f} s"
         window = find_window(rows, num_actors=num_actors, warm_up_seconds=warm_up_seconds, seconds=seconds)
         if window is None:
             if time.monotonic() > deadline:
@@ -226,6 +248,11 @@ def _end(process: subprocess.Popen[bytes]) -> int | None:
         return process.wait(_END_SECONDS)
     except subprocess.TimeoutExpired:
         return None
+
+
+def _end_with_parent() -> None:
+    """Has the system ask this process to end, as by Ctrl-C, when the sweep is killed and cannot."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGINT), 0, 0, 0)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

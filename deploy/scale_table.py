@@ -1,18 +1,20 @@
-"""The settings that `qfleet scale` sweeps, and scale.csv, the table of all that it measured."""
+"""The settings that `qfleet scale` sweeps, scale.csv, the table of all that it measured, and the lock of the directory that has it."""
 
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from common.config import RunConfig
 from common.errors import UserError
 from common.files import write_whole
-from deploy.scale_run import COLUMNS
+from deploy.scale_run import COLUMNS, RATES
 
 _NAMES = ("round", "digest", "commit", "date", "fault")
 
@@ -107,7 +109,7 @@ class ScaleTable:
         """Reads the table; an empty one where there is no file.
 
         Raises:
-          UserError: where the file is not such a table.
+          UserError: where the file is not such a table, or a row without a fault has no rates.
         """
         if not path.exists():
             return cls(path, [])
@@ -117,7 +119,13 @@ class ScaleTable:
                 reader = csv.DictReader(file, strict=True)
                 if not wanted <= set(reader.fieldnames or ()):
                     raise ValueError("columns are missing")
-                return cls(path, [_parse(row) for row in reader])
+                rows = []
+                for words in reader:
+                    rows.append(_parse(words))
+                    _check_numbers(rows[-1], f"{path}, line {reader.line_num}")
+                return cls(path, rows)
+        except UserError:
+            raise
         except (ValueError, TypeError, csv.Error, OSError) as error:
             raise UserError(f"{path}: not a table of qfleet scale ({error}); move it away, or choose another --out") from error
 
@@ -142,6 +150,27 @@ class ScaleTable:
         write_whole(self._path, out.getvalue().encode())
 
 
+def lock_directory(out: Path) -> TextIO:
+    """Makes the directory; returns its lock, which holds until the file is closed here and in every process that has it.
+
+    Raises:
+      UserError: where it cannot be made, or another sweep is at work there.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another directory") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise UserError(
+            f"--out {out}: another qfleet scale is at work there, or a run of one that was killed is ending; stop it first, or choose another --out"
+        ) from error
+    return lock
+
+
 def _key(row: Row) -> tuple[str, str, int]:
     return row["digest"], row["commit"], row["round"]
 
@@ -151,6 +180,15 @@ def _parse(words: dict[str, str]) -> Row:
     for name in Settings.names():
         row[name] = int(words[name]) if name != "samples_per_insert" else _ratio(words[name])
     return row | {name: float(words[name]) for name in COLUMNS if words.get(name)}
+
+
+def _check_numbers(row: Row, where: str) -> None:
+    """Raises UserError where what was measured without a fault is no number, or a rate that is not positive: no law is of such."""
+    for name in COLUMNS if not row["fault"] else ():
+        value = row.get(name, 0.0 if name in RATES else 1.0)
+        if not math.isfinite(value) or (name in RATES and value <= 0):
+            told = f"{value:g}" if name in row else "empty"
+            raise UserError(f"{where}: {name} is {told}; delete the line, and the same command measures it again")
 
 
 def _ratio(word: str) -> float | str:

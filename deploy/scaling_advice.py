@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from deploy.scaling_law import LEAST_FOR_LAW, Interval, Law
+from deploy.scaling_law import LEAST_FOR_KAPPA, LEAST_FOR_SIGMA, Interval, Law
 
 FULL_CORES = 0.9
 FULL_LEARNER = 0.9
@@ -58,13 +58,13 @@ class Efficiency:
     high: float
 
 
-def law_text(law: Law | None, num_distinct: int, label: str) -> str:
+def law_text(law: Law | None, num_points: int, label: str) -> str:
     """Says sigma and kappa with their intervals, or why there are none."""
     if law is None:
-        return f"no law: {num_distinct} different {label}, and it takes {LEAST_FOR_LAW}"
+        return f"no law from {counted(num_points, 'points')}: {_SIGMA} takes {LEAST_FOR_SIGMA}, {_KAPPA} {LEAST_FOR_KAPPA}"
     text = f"{_SIGMA} {_interval(law.sigma)}"
     if law.kappa is None:
-        return f"{text} ({_KAPPA} takes {LEAST_FOR_LAW} different {label})"
+        return f"{text} ({_KAPPA} takes {LEAST_FOR_KAPPA} points)"
     text += f", {_KAPPA} {_interval(law.kappa)}"
     peak = law.peak
     if peak is not None and math.isfinite(peak.value):
@@ -87,17 +87,21 @@ def limit_text(usages: Sequence[Usage], label: str, *, num_cpus: int | None, uni
     shard, learner = _shard(last), last.learner_busy
     is_tied = last.samples_per_insert is not None
     if is_tied and learner is not None and learner > FULL_LEARNER and learner >= (shard or 0.0):
-        return f"the learner is full: busy {_percent(learner)} at {counted(last.n, label)}{_held_text(last)}"
+        return f"the learner is full: busy {_percent(learner)} {where(last.n, label)}{_held_text(last)}"
     if shard is not None and shard >= FULL_SHARD:
-        return f"the shard serializes: busy {_percent(shard)} at {counted(last.n, label)}"
+        return f"the shard serializes: busy {_percent(shard)} {where(last.n, label)}"
     if (last.actors_held_back or 0.0) > _HELD_BACK and learner is not None:
         return (
             f"actors are held back {_percent(last.actors_held_back)} of the time, and the learner is busy {_percent(learner)} only: it waits for "
             f"batches; raise --learner.prefetch-batches, or --replay.num-shards"
         )
     known = {"learner": learner, "busiest shard": shard, "cores": last.host_cpu}
+    text = f"no role is full {where(last.n, label)}"
+    if not is_tied and learner is not None and learner > FULL_LEARNER:
+        at = f", {where(last.n, label)}" if math.isfinite(last.n) else ""
+        text = f"without a ratio the learner is full by itself (busy {_percent(known.pop('learner'))}{at}), which does not hold actors back"
     told = [f"{name} {_percent(busy)}" for name, busy in known.items() if busy is not None]
-    return f"no role is full at {counted(last.n, label)}{': ' if told else ''}{', '.join(told)}"
+    return f"{text}{': ' if told else ''}{', '.join(told)}"
 
 
 def actors_advice(usages: Sequence[Usage], law: Law | None, *, num_cpus: int | None) -> str:
@@ -198,11 +202,14 @@ def unsettled_text(measured: Sequence[tuple[str, float, float]], warm_up_seconds
 
 
 def counted(n: float, label: str) -> str:
-    """Returns "1 actor", "2 actors"; where the axis is the ratio and there is none, so that n is infinite, "no ratio"."""
-    if not math.isfinite(n):
-        return "no ratio"
+    """Returns "1 actor", "2 actors"."""
     one = re.sub(r"s\b", "", label)
     return f"{n:g} {one if n == 1 else label}"
+
+
+def where(n: float, label: str) -> str:
+    """Returns "at 2 actors"; where the axis is the ratio and there is none, so that n is infinite, "without a ratio"."""
+    return f"at {counted(n, label)}" if math.isfinite(n) else "without a ratio"
 
 
 def _cores_text(usages: Sequence[Usage], label: str, num_cpus: int, unit: str) -> str:
@@ -214,10 +221,11 @@ def _cores_text(usages: Sequence[Usage], label: str, num_cpus: int, unit: str) -
         first = usage
     last = usages[-1]
     assert last.host_cpu is not None
+    first_at = f"from {counted(first.n, label)} on" if math.isfinite(first.n) else where(first.n, label)
     roles = {"learner": last.learner_busy, "busiest shard": _shard(last)}
     told = [f"{name} {_percent(busy)}" for name, busy in roles.items() if busy is not None]
     return (
-        f"{num_cpus} cores are full from {counted(first.n, label)} on ({_percent(last.host_cpu)} at the last"
+        f"{num_cpus} cores are full {first_at} ({_percent(last.host_cpu)} at the last"
         + (f"; busy, waiting for a core included: {', '.join(told)}" if told else "")
         + f"): the curve and its {_SIGMA} are theirs, not the design's"
         + (f"; one {unit} takes {1e3 * last.run_cpu_cores / last.throughput:.3g} ms of a core" if last.run_cpu_cores else "")

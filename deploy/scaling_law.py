@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-LEAST_FOR_LAW = 4  # Different N, so that three parameters leave something to judge the fit by.
+LEAST_FOR_SIGMA = 3  # Different N, so that its two parameters leave something to judge the fit by;
+LEAST_FOR_KAPPA = 4  # and with it there are three.
 NUM_RESAMPLES = 2_000
 _CONFIDENCE = 0.95
 
@@ -84,9 +85,9 @@ def fit(n: Sequence[float], x: Sequence[float], rng: np.random.Generator, *, num
     if not (np.isfinite(workers).all() and np.isfinite(rates).all() and (workers > 0).all() and (rates > 0).all()):
         raise ValueError("throughputs and numbers of workers must be positive and finite")
     num_distinct = len(np.unique(workers))
-    if num_distinct < LEAST_FOR_LAW - 1:
+    if num_distinct < LEAST_FOR_SIGMA:
         return None
-    num_params = 3 if num_distinct >= LEAST_FOR_LAW else 2
+    num_params = 3 if num_distinct >= LEAST_FOR_KAPPA else 2
     best = _least_squares(workers, rates[None], num_params)
     fitted = throughput(workers, best)[0]
     errors = np.log(rates / fitted)

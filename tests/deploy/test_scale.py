@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from actors.environments import probe
@@ -22,10 +24,11 @@ from deploy.scale import ScaleFlags, make_points, powers_of_two
 from deploy.scale_figures import draw_axis
 from deploy.scale_results import AXES, SAMPLES, axis_result, make_card
 from deploy.scale_run import RowsTail, figures_of, find_window
-from deploy.scale_table import ScaleTable, Settings
+from deploy.scale_table import ScaleTable, Settings, lock_directory
 
 SCRIPTED = Path(__file__).with_name("scripted_train.py")
 RATES = {str(n): 250 * n / (1 + 0.1 * (n - 1)) for n in (1, 2, 3, 4, 8)}
+UNCOMMITTED = run_dir.uncommitted  # As it is without the fixture below.
 SIGMA = "\N{GREEK SMALL LETTER SIGMA}"
 
 
@@ -36,6 +39,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(plan, "available_memory", lambda: 1 << 44)
     monkeypatch.setattr(run_dir, "num_cpus", lambda: 16)
     monkeypatch.setattr(run_dir, "commit", lambda: "c0ffee")
+    monkeypatch.setattr(run_dir, "uncommitted", lambda: None)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -58,10 +62,10 @@ def sweep(script_path, out, **flags):
     return scale.scale(config, [], chosen, command=[sys.executable, str(SCRIPTED), str(script_path)], spec=probe(config.env))
 
 
-def calls(script_path):
-    """Returns the number of actors of every run, in order."""
+def calls(script_path, flag="--actors.num-actors"):
+    """Returns the number of actors of every run, in order; or another flag's number."""
     words = [json.loads(line) for line in Path(f"{script_path}.calls").read_text().splitlines()]
-    return [int(one[one.index("--actors.num-actors") + 1]) for one in words]
+    return [int(one[one.index(flag) + 1]) for one in words]
 
 
 def table(out):
@@ -104,7 +108,7 @@ def test_rounds_are_interleaved_and_shuffled_by_the_seed(script, tmp_path):
         flags = ScaleFlags(actors=(1, 2, 3, 4), rounds=2, seconds=1.0, warm_up_seconds=1.0, seed=seed)
         found, _ = make_points(config, flags.axes(), flags, spec)
         empty = ScaleTable(tmp_path / "none.csv", [])
-        sweep = scale.Sweep(config, flags, flags.axes(), found, tmp_path, empty, [])
+        sweep = scale.Sweep(config, flags, flags.axes(), found, tmp_path, empty, [], None)
         return [(number, point.settings.actors) for number, point in sweep.schedule()]
 
     for seed in range(5):
@@ -112,18 +116,22 @@ def test_rounds_are_interleaved_and_shuffled_by_the_seed(script, tmp_path):
         assert numbers == [1] * 4 + [2] * 4  # Each point once in each round.
         assert sorted(order(seed)) == sorted((number, n) for number in (1, 2) for n in (1, 2, 3, 4))
         assert order(seed) == order(seed)
-    by_round = {tuple(n for number, n in order(seed) if number == wanted) for seed in range(5) for wanted in (1, 2)}
-    assert len(by_round) > 5  # Of ten rounds; in one and the same order a warmer machine would be taken for a slower point.
     path = script()
     sweep(path, tmp_path / "out")
     assert calls(path) == [n for _, n in order(0)]
+    assert calls(path, "--seed") == [number - 1 for number, _ in order(0)]  # A round is not the one before again.
+    by_round = {tuple(n for number, n in order(seed) if number == wanted) for seed in range(5) for wanted in (1, 2)}
+    assert len(by_round) > 5  # Of ten rounds; in one and the same order a warmer machine would be taken for a slower point.
 
 
 def test_the_same_command_measures_only_what_is_missing(script, tmp_path, monkeypatch, capsys):
     path, out = script(), tmp_path / "out"
     sweep(path, out, actors=(1, 2), rounds=1)
     assert sweep(path, out, actors=(1, 2), rounds=1) == 0 and len(calls(path)) == 2
-    assert "0 runs (2 are in" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert (
+        "about 1 min" in told.partition("0 runs (2 are in")[0] and "min" not in told.partition("0 runs")[2].partition("\n")[0]
+    )
     sweep(path, out, actors=(1, 2, 3), rounds=1)
     assert calls(path)[2:] == [3]
     sweep(path, out, actors=(1, 2, 3), rounds=2)
@@ -135,6 +143,36 @@ def test_the_same_command_measures_only_what_is_missing(script, tmp_path, monkey
     assert len({row["digest"] for row in table(out)}) == 4 and {row["commit"] for row in table(out)} == {"c0ffee", "beef"}
 
 
+def test_points_of_other_uncommitted_code_are_measured_anew(script, tmp_path, monkeypatch):
+    path, out = script(), tmp_path / "out"
+    monkeypatch.setattr(run_dir, "commit", lambda: "c0ffee-dirty")
+    for changes, num_runs in (("a", 1), ("a", 1), ("b", 2), ("a", 2)):
+        monkeypatch.setattr(run_dir, "uncommitted", lambda changes=changes: changes)
+        assert sweep(path, out, actors=(1,), rounds=1) == 0
+        assert len(calls(path)) == num_runs
+        assert (
+            json.loads((out / "scale.json").read_text())["axes"]["actors"]["points"][0]["rounds"] == 1
+        )  # The other is not mixed in.
+
+
+def test_uncommitted_code_has_a_digest(tmp_path):
+    def git(*words):
+        subprocess.run(
+            ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *words], check=True, capture_output=True
+        )
+
+    assert UNCOMMITTED(tmp_path) is None
+    git("init")
+    (tmp_path / "a.py").write_text("1\n")
+    git("add", "a.py")
+    git("commit", "-m", "a")
+    found = []
+    for text in ("1\n", "2\n", "3\n", "2\n"):
+        (tmp_path / "a.py").write_text(text)
+        found.append(UNCOMMITTED(tmp_path))
+    assert found[0] is None and found[1] == found[3] and len({*found}) == 3
+
+
 def test_a_run_with_a_fault_is_a_row_and_the_sweep_goes_on_and_tries_again(script, tmp_path, capsys):
     faults = {"2": {"dies_at": 25}, "3": {"status": 1, "ends": "the shard died"}}
     path, out = script(faults=faults), tmp_path / "out"
@@ -144,7 +182,7 @@ def test_a_run_with_a_fault_is_a_row_and_the_sweep_goes_on_and_tries_again(scrip
     assert rows["3"]["fault"] == "it ended with status 1: the shard died"
     assert rows["1"]["fault"] == rows["4"]["fault"] == ""
     assert [p["value"] for p in json.loads((out / "scale.json").read_text())["axes"]["actors"]["points"]] == [1, 4]
-    assert "no law: 2 different actors" in capsys.readouterr().out
+    assert "no law from 2 points" in capsys.readouterr().out
     assert sweep(script(), out, rounds=1) == 0
     assert sorted(calls(path)[4:]) == [2, 3] and len(table(out)) == 4
 
@@ -169,6 +207,15 @@ def test_what_else_goes_wrong_is_named(says, expected, script, tmp_path, monkeyp
     assert [row["fault"] for row in table(out)] == [expected]
 
 
+@pytest.mark.parametrize("row", [15, 23], ids=["before_the_window", "within_it"])
+def test_a_run_that_tells_nothing_more_is_given_up(row, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(scale_run, "_MOST_SECONDS_SILENT", 0.4)
+    out = tmp_path / "out"
+    path = script(faults={"2": {"silent_at": row}})
+    assert sweep(path, out, actors=(2,), rounds=1, seconds=0.5, warm_up_seconds=0.1) == 1
+    assert [row["fault"] for row in table(out)] == ["it told nothing more for 1 s"]
+
+
 def test_a_sweep_whose_first_run_is_refused_is_a_mistake(script, tmp_path):
     with pytest.raises(UserError, match="the first run was refused: no token for --address"):
         sweep(script(faults={"2": {"refuses": "no token for --address"}}), tmp_path / "out", actors=(2,), rounds=1)
@@ -180,7 +227,7 @@ import sys
 from pathlib import Path
 from deploy import plan, run_dir, scale
 from deploy.recipes import RECIPES
-run_dir.commit = lambda: "c0ffee"
+run_dir.commit, run_dir.uncommitted = lambda: "c0ffee", lambda: None
 flags = scale.ScaleFlags(actors=(1, 2), rounds=2, seconds=1.0, warm_up_seconds=1.0, out=Path(sys.argv[1]))
 sys.exit(scale.scale(RECIPES["gridworld"](), [], flags, command=sys.argv[2:]))
 """
@@ -215,6 +262,69 @@ def test_ctrl_c_ends_the_run_under_way_in_good_order_and_the_same_command_goes_o
     assert sorted(done) == [("1", "1"), ("1", "2"), ("2", "1"), ("2", "2")] and table(out)[: len(before)] == before
     assert len(calls(path)) == 4 + 1  # Nothing twice but what was broken off.
     assert under_way[0].exists()  # Its directory is left as it is.
+
+
+def begin_sweep(path, out):
+    """Starts a sweep in a process of its own; returns it once its first run tells rows, with where it does."""
+    words = [sys.executable, "-c", DRIVER, str(out), sys.executable, str(SCRIPTED), str(path)]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTED.parents[2])}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    deadline = time.monotonic() + 60
+    while not (under_way := list(out.glob("runs/*/metrics.jsonl"))):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return process, under_way[0]
+
+
+def test_a_killed_sweep_takes_its_run_with_it_and_none_begins_before_that_ended(script, tmp_path):
+    out = tmp_path / "out"
+    process, under_way = begin_sweep(script(faults={key: {"pace": 0.3, "deaf": True} for key in "12"}), out)
+    (run,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate()
+    time.sleep(0.5)
+    try:
+        assert run.is_running() and run.status() != psutil.STATUS_ZOMBIE  # This one does not heed it.
+        with pytest.raises(UserError, match="or a run of one that was killed is ending"):
+            lock_directory(out)
+    finally:
+        run.kill()
+    psutil.wait_procs([run], timeout=10)
+    lock_directory(out).close()
+
+    process, under_way = begin_sweep(script(faults={key: {"pace": 0.3} for key in "12"}), tmp_path / "other")
+    process.kill()
+    process.communicate()
+    log, deadline = under_way.parent.with_suffix(".log"), time.monotonic() + 10
+    while "the summary is written" not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ctrl_c_before_anything_was_measured_names_no_table(script, tmp_path):
+    process, _ = begin_sweep(script(faults={key: {"pace": 0.3} for key in "12"}), tmp_path / "out")
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and not (tmp_path / "out" / "scale.csv").exists(), told
+    assert told.splitlines()[-1] == "interrupted before anything was measured; the same command begins again"
+    assert "scale.csv" not in told and "nothing was measured" not in told
+
+
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [
+        ("train", "; checkpoints that were written before are kept"),
+        ("scale", "; what was measured before is kept"),
+        ("plan", ""),
+    ],
+)
+def test_what_is_ended_at_once_says_what_it_keeps(command, kept, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run_config", interrupt)
+    assert cli.main([command, "gridworld"]) == 130
+    assert capsys.readouterr().err == f"qfleet: ended at once{kept}\n"
 
 
 def rows_of(values):
@@ -261,11 +371,11 @@ def test_every_column_that_is_read_is_one_that_rows_have():
 def test_a_row_that_is_being_written_waits_for_its_end(tmp_path):
     tail, file = RowsTail(tmp_path), tmp_path / "metrics.jsonl"
     seen = [tail.rows()[:]]
-    for part in ('{"updates": 1}\n{"upd', 'ates": 2}', '\n{"updates": 3}\n'):
+    for part in ('{"updates": 1}\n{"upd', 'ates": 2}', '\n{"updates": 3}\n', '{"upda{"updates": 4}\n{"updates": 5}\n'):
         with file.open("a") as growing:
             growing.write(part)
         seen.append([row["updates"] for row in tail.rows()])
-    assert seen == [[], [1], [1], [1, 2, 3]]
+    assert seen == [[], [1], [1], [1, 2, 3], [1, 2, 3, 5]]  # A line torn by a full disk is passed over.
 
 
 def points(flags, config=None, spec=None):
@@ -330,6 +440,15 @@ def test_without_an_axis_actors_double_up_to_the_processors():
         (["scale", "gridworld", "--actors", "0"], "--actors must be positive"),
         (["scale", "gridworld", "--samples-per-insert", "non"], "--samples-per-insert"),
         (["scale", "gridworld", "--rounds", "0"], "--rounds must be positive"),
+        (["scale", "gridworld", "--seconds", "nan"], "--seconds must be positive and finite, got nan"),
+        (["scale", "gridworld", "--seconds", "inf"], "--seconds must be positive and finite, got inf"),
+        (["scale", "gridworld", "--warm-up-seconds", "nan"], "--warm-up-seconds must be finite"),
+        (
+            ["scale", "gridworld", "--samples-per-insert", "8", "nan"],
+            "--samples-per-insert must be positive and finite, got nan",
+        ),
+        (["scale", "gridworld", "--role", "shard", "--role-seconds", "nan"], "--role-seconds must be positive and finite"),
+        (["scale", "gridworld", "--role", "shard", "--rates", "5", "inf"], "--rates must be positive and finite, got inf"),
         (["scale", "gridworld", "--rates", "5"], "name it with --role"),
         (["scale", "gridworld", "--role", "shard", "--batch-size", "64"], "leave out --batch-size"),
         (["scale", "gridworld", "--actor", "2"], "did you mean --actors"),
@@ -349,10 +468,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(words, expected, capsys, tmp_p
 
 def test_two_sweeps_in_one_directory_and_a_foreign_table_are_refused(script, tmp_path):
     out = tmp_path / "out"
-    lock = scale._open(out)
-    with pytest.raises(UserError, match="another qfleet scale is at work there"):
+    with lock_directory(out), pytest.raises(UserError, match="another qfleet scale is at work there"):
         sweep(script(), out)
-    lock.close()
     (out / "scale.csv").write_text("name,value\na,1\n")
     with pytest.raises(UserError, match="not a table of qfleet scale"):
         sweep(script(), out)
@@ -371,7 +488,7 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
             "date": "2026-11-23",
             "fault": 'the "disk", is full' if index else "",
         }
-        rows.add({name: getattr(settings, name) for name in Settings.names()} | about | {"learner/busy_fraction": 0.5})
+        rows.add(picture_row(settings, 1, 100.0) | about | {"learner/busy_fraction": 0.5})
         rows.write()
     again = ScaleTable.read(path)
     assert again.has("d0", None, 1) and not again.has("d0", None, 2) and not again.has("d0", "c0ffee", 1)
@@ -379,6 +496,24 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
     (row,) = again.measured({"d0", "d1"}, None)
     assert (row["samples_per_insert"], row["learner/busy_fraction"], row["round"], row["actors"]) == (4.0, 0.5, 1, 1)
     assert "shard/busy_fraction" not in row
+
+
+@pytest.mark.parametrize("cell", ["nan", "0.0", "", "inf", "-1"])
+def test_a_row_without_its_rate_is_named_by_its_line(cell, script, tmp_path):
+    path, out = script(faults={"2": {"dies_at": 25}}), tmp_path / "out"
+    sweep(path, out, actors=(1, 2, 3), rounds=1)
+    rows = table(out)
+    (spoilt,) = [row for row in rows if row["actors"] == "3"]
+    spoilt["learner/updates_per_second"] = cell
+    with (out / "scale.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(spoilt))
+        writer.writeheader()
+        writer.writerows(rows)
+    told = {"": "empty", "0.0": "0"}.get(cell, cell)
+    place = f"scale.csv, line {rows.index(spoilt) + 2}: learner/updates_per_second is {told}; delete the line"
+    with pytest.raises(UserError, match=re.escape(place)):
+        sweep(path, out, actors=(1, 2, 3), rounds=1)
+    assert len(calls(path)) == 3
 
 
 def test_an_axis_takes_only_rows_that_differ_in_nothing_else():
@@ -402,7 +537,12 @@ def test_an_axis_takes_only_rows_that_differ_in_nothing_else():
     shards = axis_result(AXES["shards"], config, [1, 2], rows, num_cpus=4, seed=0, warm_up_seconds=10.0)
     assert shards.of(2, "learner/samples_per_second") == [144.0]
     ratio = axis_result(AXES["samples_per_insert"], config, ["none", 16.0], rows, num_cpus=4, seed=0, warm_up_seconds=10.0)
-    assert ratio.values == [16.0, "none"] and "most at no ratio" in ratio.sentence and ratio.law is None
+    assert (
+        ratio.values == [16.0, "none"]
+        and "120 without a ratio env steps/s" in ratio.sentence
+        and "most without a ratio" in ratio.sentence
+        and ratio.law is None
+    )
     assert actors.notes == []
     unsettled = axis_result(
         AXES["actors"], config, [2], [row(100.0, actors=2) | {SAMPLES: 3_000.0}], num_cpus=4, seed=0, warm_up_seconds=10.0

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import json
 import math
+import os
+import tempfile
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,11 +19,12 @@ from one_server import SERVICE, OneServer, waiting_quantile
 from common import wire
 from common.errors import UserError
 from common.messages import ParamsSnapshot
-from deploy import open_loop, role_peers
+from deploy import bench, open_loop, role_figure, role_loads, role_peers, run_dir
 from deploy.recipes import RECIPES
 from deploy.role_loads import Point, Row, ShardLoad, limited_by, loading_config, shortfall_of
 from deploy.role_peers import Answering, Meter, StoreCaller, SyntheticShard
 from deploy.scale_role import Table, limits, load_role, ramp, run_rounds, sentences
+from deploy.scale_table import lock_directory
 
 
 def read_csv(path):
@@ -132,12 +137,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
                 raise KeyboardInterrupt
             return super().measure(point, seconds)
 
-    import contextlib
-
-    from deploy import bench, role_loads
-
-    monkeypatch.setattr(role_loads, "load_of", lambda *args: contextlib.nullcontext((Interrupted(), {"peers": 1})))
-    monkeypatch.setattr(bench, "local_ray", lambda config: contextlib.nullcontext())
+    loaded_by(monkeypatch, Interrupted())
     status = load_role(RECIPES["cartpole"](), "shard", rates=(), seconds=20.0, rounds=3, out=tmp_path)
     assert status == 130
     card = json.loads((tmp_path / "shard.json").read_text())
@@ -289,8 +289,8 @@ def test_a_shard_is_loaded_with_its_part_of_the_recipe():
     ("change", "arguments", "sentence"),
     [
         ({}, {"role": "actor"}, "--role actor: there are shard, store, learner"),
-        ({}, {"rates": (10.0, -1.0)}, "--rates must be positive, got -1"),
-        ({}, {"seconds": 0.0}, "--seconds must be positive"),
+        ({}, {"rates": (10.0, -1.0)}, "--rates must be positive and finite, got -1"),
+        ({}, {"seconds": 0.0}, "--role-seconds must be positive"),
         ({}, {"rounds": 0}, "--rounds must be positive"),
         ({"address": "auto"}, {}, "leave out --address"),
         ({"serial": True}, {}, "leave out --serial"),
@@ -304,8 +304,56 @@ def test_a_mistake_is_one_line(tmp_path, change, arguments, sentence):
 
 def test_a_file_in_the_place_of_the_directory_is_a_mistake(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be written"):
         load_role(RECIPES["cartpole"](), "shard", rates=(), seconds=1.0, rounds=1, out=tmp_path / "file")
+
+
+def loaded_by(monkeypatch, load):
+    """Has `load` in the place of a role and its peers."""
+    monkeypatch.setattr(role_loads, "load_of", lambda *args: contextlib.nullcontext((load, {"peers": 1})))
+    monkeypatch.setattr(bench, "local_ray", lambda config: contextlib.nullcontext())
+
+
+def load_cartpole(out):
+    return load_role(RECIPES["cartpole"](), "shard", rates=(10.0,), seconds=5.0, rounds=1, out=out)
+
+
+@pytest.mark.parametrize("what", ["csv", "json", "png", "scratch"])
+def test_a_full_disk_is_one_line_and_what_was_measured_is_kept(what, tmp_path, monkeypatch, capsys):
+    def full(*args, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Filling(FakeLoad):
+        def measure(self, point, seconds):
+            if what == "csv" and self.points_measured:
+                monkeypatch.setattr(csv, "writer", full)
+            return super().measure(point, seconds)
+
+    loaded_by(monkeypatch, Filling())
+    if what == "json":
+        monkeypatch.setattr(run_dir, "write_json", full)
+    elif what == "png":
+        monkeypatch.setattr(role_figure, "draw_role", full)
+    elif what == "scratch":
+        monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(
+        UserError, match=r"cannot be written \(No space left on device\); what was measured before is in the CSV"
+    ):
+        load_cartpole(tmp_path)
+    assert len(list((tmp_path).glob("shard.csv"))) == (what != "scratch")
+    if what != "scratch":
+        assert len(read_csv(tmp_path / "shard.csv")) == (1 if what == "csv" else 2)
+    assert ("one shard:" in capsys.readouterr().out) == (what in ("json", "png"))
+
+
+def test_two_loads_in_one_directory_are_refused_and_what_a_killed_one_left_is_removed(tmp_path, monkeypatch):
+    loaded_by(monkeypatch, FakeLoad())
+    (tmp_path / ".scale-killed" / "log").mkdir(parents=True)
+    with lock_directory(tmp_path), pytest.raises(UserError, match="another qfleet scale is at work there"):
+        load_cartpole(tmp_path)
+    assert (tmp_path / ".scale-killed").exists() and not (tmp_path / "shard.csv").exists()  # It is the other's.
+    assert load_cartpole(tmp_path) == 0
+    assert not list(tmp_path.glob(".scale-*")) and len(read_csv(tmp_path / "shard.csv")) == 2
 
 
 def measured(out, role):

@@ -9,6 +9,7 @@ import pytest
 from deploy.scaling_advice import (
     Usage,
     actors_advice,
+    counted,
     efficiencies,
     law_text,
     limit_text,
@@ -90,8 +91,22 @@ def test_a_full_learner_is_to_be_faster_or_to_be_asked_for_less():
 
 def test_a_full_learner_that_nobody_is_tied_to_limits_no_actor():
     points = [replace(one, samples_per_insert=None, learner_busy=1.0) for one in usages()]
-    assert limit_text(points, "actors", num_cpus=16).startswith("no role is full at 8 actors")
+    assert limit_text(points, "actors", num_cpus=16) == (
+        "without a ratio the learner is full by itself (busy 100 %, at 8 actors), which does not hold actors back: busiest shard 20 %, cores 40 %"
+    )
     assert "learner would be" not in actors_advice(points, law_of(points), num_cpus=16)
+
+
+def test_no_ratio_is_a_setting_and_no_place():
+    def said(**last):
+        points = usages(n=(4, 8, math.inf), throughput=900.0, samples_per_insert=None, **last)
+        return limit_text(points, "samples an insert", num_cpus=2)
+
+    assert said(learner_busy=0.99).startswith("without a ratio the learner is full by itself (busy 99 %), which does not")
+    assert said(learner_busy=0.5).startswith("no role is full without a ratio: learner 50 %")
+    assert said(shard_busy_max=0.8) == "the shard serializes: busy 80 % without a ratio"
+    assert said(host_cpu=0.99).startswith("2 cores are full without a ratio (99 % at the last")
+    assert counted(1, "samples an insert") == "1 sample an insert"
 
 
 def test_full_cores_come_before_all_roles_and_nothing_is_advised():
@@ -168,9 +183,11 @@ def test_efficiency_is_of_rounds_and_in_proportion_to_n():
 
 def test_law_text_says_what_there_is():
     points = usages()
-    assert law_text(None, 2, "actors") == "no law: 2 different actors, and it takes 4"
     sigma, kappa = "\N{GREEK SMALL LETTER SIGMA}", "\N{GREEK SMALL LETTER KAPPA}"
+    assert law_text(None, 2, "actors") == f"no law from 2 points: {sigma} takes 3, {kappa} 4"
+    assert law_text(None, 1, "actors").startswith("no law from 1 point:")
+    assert law_of(points[:2]) is None and law_of(points[:3]).kappa is None and law_of(points).kappa is not None  # As it says.
     assert law_text(law_of(points), 4, "actors").startswith(f"{sigma} 0.04 [0.04, 0.04], {kappa} 0 [0, 0]")
-    assert law_text(law_of(points[:3]), 3, "actors").endswith(f"({kappa} takes 4 different actors)")
+    assert law_text(law_of(points[:3]), 3, "actors").endswith(f"({kappa} takes 4 points)")
     law = fit([1, 2, 4, 8, 16], [n * 100 / (1 + 0.009 * n * (n - 1)) for n in (1, 2, 4, 8, 16)], np.random.default_rng(0))
     assert law_text(law, 5, "actors").endswith(", most at 11 actors") and math.isfinite(law.peak.value)

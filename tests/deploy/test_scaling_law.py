@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from deploy.scaling_law import LEAST_FOR_LAW, band, fit, throughput
+from deploy.scaling_law import LEAST_FOR_KAPPA, LEAST_FOR_SIGMA, band, fit, throughput
 
 N = np.array([1.0, 2, 4, 8, 16])
 
@@ -109,7 +109,7 @@ def test_too_few_points_get_a_smaller_law_or_none():
     assert fit([1, 2] * 6, [100.0, 190] * 6, rng) is None
     amdahl = fit([1, 2, 4], usl(np.array([1.0, 2, 4]), 100, 0.2, 0.0), rng)
     assert amdahl.sigma.value == pytest.approx(0.2) and amdahl.kappa is None and amdahl.peak is None
-    assert LEAST_FOR_LAW == 4 and fit(N[:4], usl(N[:4], 100, 0.2, 0.0), rng).kappa is not None
+    assert (LEAST_FOR_SIGMA, LEAST_FOR_KAPPA) == (3, 4) and fit(N[:4], usl(N[:4], 100, 0.2, 0.0), rng).kappa is not None
 
 
 def test_one_measurement_more_than_parameters_tells_a_spread_and_none_more_does_not():
