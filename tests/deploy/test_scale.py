@@ -128,10 +128,8 @@ def test_the_same_command_measures_only_what_is_missing(script, tmp_path, monkey
     path, out = script(), tmp_path / "out"
     sweep(path, out, actors=(1, 2), rounds=1)
     assert sweep(path, out, actors=(1, 2), rounds=1) == 0 and len(calls(path)) == 2
-    told = capsys.readouterr().out
-    assert (
-        "about 1 min" in told.partition("0 runs (2 are in")[0] and "min" not in told.partition("0 runs")[2].partition("\n")[0]
-    )
+    first, second = [line for line in capsys.readouterr().out.splitlines() if line.startswith("2 points x 1 round: ")]
+    assert "2 runs, about 1 min" in first and second.endswith(f"0 runs (2 are in {out / 'scale.csv'} already)")
     sweep(path, out, actors=(1, 2, 3), rounds=1)
     assert calls(path)[2:] == [3]
     sweep(path, out, actors=(1, 2, 3), rounds=2)
@@ -539,7 +537,7 @@ def test_an_axis_takes_only_rows_that_differ_in_nothing_else():
     ratio = axis_result(AXES["samples_per_insert"], config, ["none", 16.0], rows, num_cpus=4, seed=0, warm_up_seconds=10.0)
     assert (
         ratio.values == [16.0, "none"]
-        and "120 without a ratio env steps/s" in ratio.sentence
+        and ratio.sentence.startswith("samples an insert: 100 env steps/s at 16, 120 without a ratio; ")
         and "most without a ratio" in ratio.sentence
         and ratio.law is None
     )
