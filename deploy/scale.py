@@ -26,6 +26,7 @@ from common.errors import UserError
 from deploy import plan, run_dir
 from deploy.scale_run import Measurement, measure_run
 from deploy.scale_table import Row, ScaleTable, Settings, lock_directory
+from deploy.scaling_advice import counted
 from deploy.stop_signal import StopSignal
 from deploy.train import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED
 
@@ -274,8 +275,8 @@ class Sweep:
         where = f"on {run_dir.num_cpus()} CPUs ({hardware['cpu']})" if config.address is None else f"on {config.address}"
         print(f"{config.recipe}, {config.env.game}, {where}: {swept}")
         print(
-            f"{len(self._points)} points x {flags.rounds} rounds: {todo} runs"
-            + (f" ({done} are in {self._out / 'scale.csv'} already)" if done else "")
+            f"{counted(len(self._points), 'points')} x {counted(flags.rounds, 'rounds')}: {counted(todo, 'runs')}"
+            + (f" ({done} {'is' if done == 1 else 'are'} in {self._out / 'scale.csv'} already)" if done else "")
             + (
                 f", about {max(minutes, 1):.0f} min, and in each run the time until replay has its {min_size:,} transitions"
                 if todo

@@ -200,8 +200,9 @@ def _sentence(
     num_cpus: int | None,
 ) -> str:
     unit = UNITS[axis.metric]
-    curve = ", ".join(f"{usage.throughput:,.0f} {_at(value)}" for value, usage in zip(values, usages, strict=True))
-    parts = [f"{axis.label}: {curve} {unit}"]
+    rates = [f"{usage.throughput:,.0f}" for usage in usages]
+    rates[0] += f" {unit}"
+    parts = [f"{axis.label}: " + ", ".join(f"{rate} {_at(value)}" for rate, value in zip(rates, values, strict=True))]
     if axis.has_law and len(found) > 1:
         last = found[-1]
         parts.append(f"efficiency {last.median:.2f} ({last.low:.2f} to {last.high:.2f}) at {last.n:g}")

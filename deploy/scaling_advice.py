@@ -137,7 +137,7 @@ def actors_advice(usages: Sequence[Usage], law: Law | None, *, num_cpus: int | N
     busy, name = busiest
     most = FULL_SHARD if name == "shard" else 1.0
     full_at = last.throughput * most / busy
-    return f"the {name} would be the first to be full, at {full_at:,.0f} env steps/s: about {full_at / rate:.0f} actors"
+    return f"the {name} would be the first to be full, at {full_at:,.0f} env steps/s: about {counted(round(full_at / rate), 'actors')}"
 
 
 def shards_needed(usage: Usage, rate: float, num_actors: float) -> int:

@@ -144,6 +144,7 @@ def test_where_nothing_is_full_the_next_is_named():
     )
     expected = "the learner would be the first to be full, at 5,208 env steps/s: about 21 actors"
     assert actors_advice(points, law_of(points), num_cpus=16) == expected
+    assert actors_advice(usages(n=(1,), learner_busy=0.87), None, num_cpus=16).endswith(": about 1 actor")
 
 
 def test_absent_columns_are_not_taken_for_idle_roles():
