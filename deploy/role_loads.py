@@ -457,7 +457,7 @@ def load_of(role: str, config: RunConfig, spec: EnvSpec, directory: Path) -> Ite
         else:
             yield _make_learner_load(config, spec, directory, make_worker, make_gpu_worker)
     finally:
-        for worker in workers:
+        for worker in reversed(workers):  # Who calls goes before who answers, and tells of no death.
             ray.kill(worker)
 
 
