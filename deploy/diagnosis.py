@@ -391,7 +391,7 @@ def _beginning_of_last_command(rows: Sequence[Mapping[str, Any]]) -> int:
         before, row = rows[i - 1], rows[i]
         if row["time_seconds"] < before["time_seconds"]:
             return i
-        if row.get("command_began_seconds") != before.get("command_began_seconds"):
+        if row.get("supervisor/command_began_seconds") != before.get("supervisor/command_began_seconds"):
             return i
     return 0
 

@@ -17,7 +17,7 @@ from common.metrics import ShardStats
 
 ROW_METRICS = {
     "time_seconds": "Wall time of the run, over all commands on its run directory.",
-    "command_began_seconds": "Wall time of the run when its last command began.",
+    "supervisor/command_began_seconds": "Wall time of the run when its last command began.",
     "env_steps": "Steps of the environments, of all actors, over all commands.",
     "frames": "Emulator frames of those steps.",
     "updates": "Updates of the learner.",

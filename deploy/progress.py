@@ -251,7 +251,7 @@ class Progress:
         seconds = self.wall_seconds
         row: dict[str, Any] = {
             "time_seconds": self.earlier_seconds + seconds,
-            "command_began_seconds": self.earlier_seconds,
+            "supervisor/command_began_seconds": self.earlier_seconds,
             "env_steps": self.env_steps,
             "frames": self.frames,
             "updates": self.updates,

@@ -214,8 +214,8 @@ def test_a_few_bytes_spilled_are_no_full_store():
 
 
 def test_only_the_last_command_counts():
-    one_shard = rows(CASES["shard"][0], command_began_seconds=0.0)
-    two_shards = rows(HEALTHY, num=8, command_began_seconds=400.0)
+    one_shard = rows(CASES["shard"][0], **{"supervisor/command_began_seconds": 0.0})
+    two_shards = rows(HEALTHY, num=8, **{"supervisor/command_began_seconds": 400.0})
     for i, row in enumerate(two_shards):
         row["time_seconds"] = 401.0 + 10 * i
     window = Window([*one_shard, *two_shards])
