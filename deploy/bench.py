@@ -159,7 +159,7 @@ def play_chunks(config: RunConfig, num_transitions: int) -> list[Array]:
         environment=environment,
         network=network,
         replay=writer,
-        params=_NoParams(),
+        params=NoParams(),
         run=RUN,
         slot=0,
         incarnation=0,
@@ -203,7 +203,9 @@ class _Recorder:
         pass
 
 
-class _NoParams:
+class NoParams:
+    """A way to parameters that never come."""
+
     def poll(self, epoch: int, version: int) -> Array | None:
         return None
 

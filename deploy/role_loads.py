@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -189,7 +190,7 @@ class Peered:
             time.sleep(min(left, _VERSION_SECONDS / 4))
 
 
-class PeeredLoad:
+class PeeredLoad(ABC):
     """A shard or a store under load: makes schedules of points, and rows of what was measured."""
 
     role: str
@@ -205,9 +206,9 @@ class PeeredLoad:
         self._peered, self._max_in_flight = peered, max_in_flight
         self._rng = np.random.default_rng(seed)
 
+    @abstractmethod
     def calls_per_second(self, point: Point) -> list[float]:
         """Returns the rate of each kind for an offered rate of one unit a second."""
-        raise NotImplementedError
 
     def measure(self, point: Point, seconds: float) -> list[Row]:
         """Measures one point, a row for each kind of call."""

@@ -6,6 +6,7 @@ A peer sends real messages (chunks that an actor recorded, requests as the learn
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def make_metered_store() -> Meter:
     return Meter(roles.make_params_store())
 
 
-class RayCaller:
+class RayCaller(ABC):
     """Calls of one Ray worker, whose tokens are Ray's references."""
 
     def collect(self, tokens: Sequence[Any], timeout_seconds: float) -> Sequence[Any]:
@@ -112,8 +113,9 @@ class RayCaller:
             self._take(reference, ray.get(reference, timeout=_ANSWER_SECONDS))
         return ready
 
+    @abstractmethod
     def _take(self, reference: Any, answer: Any) -> None:
-        raise NotImplementedError
+        """Takes in the answer to a call."""
 
 
 class ShardCaller(RayCaller):

@@ -34,7 +34,7 @@ from common.messages import Array, TransitionChunk
 from common.metrics import PushCounts
 from common.networks import make_network
 from deploy import recipes, roles
-from deploy.bench import RUN, local_ray
+from deploy.bench import RUN, NoParams, local_ray
 
 TIMEOUT_SECONDS = 120
 
@@ -70,19 +70,6 @@ class DroppingWriter:
 
     def drain(self, timeout_seconds: float) -> None:
         pass
-
-
-class NoParams:
-    """Nothing is ever published."""
-
-    def poll(self, epoch: int, version: int) -> Array | None:
-        return None
-
-    def fetch(self, epoch: int, version: int, timeout_seconds: float) -> Array | None:
-        return None
-
-    def age_seconds(self) -> float | None:
-        return None
 
 
 def make_alone(config: RunConfig, spec: EnvSpec) -> Step:
