@@ -13,10 +13,11 @@ from typing import Any
 
 from common.config import RunConfig
 from common.errors import UserError
+from deploy import locks
 from deploy.progress import Progress
 from deploy.recorder import Recorder
 from deploy.roles import limiter_shares
-from deploy.run_dir import RunDirectory, is_running, read_config, write_json
+from deploy.run_dir import RunDirectory, read_config, write_json
 
 _FILES = "adjust-*.json"
 
@@ -43,7 +44,7 @@ def adjust(path: Path, flags: AdjustFlags) -> int:
     if all(value is None for value in asdict(flags).values()):
         raise UserError("qfleet adjust needs something to change: --samples-per-insert, --min-size or --limiter-buffer-samples")
     _adjusted(config, asdict(flags))
-    if not is_running(path):
+    if not locks.is_held(path):
         raise UserError(
             f"{path}: no qfleet is running there; give the flags to qfleet resume instead, as --replay.samples-per-insert"
         )

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from common.config import RunConfig
 from common.errors import UserError
+from deploy import locks
 from deploy.diagnosis import PHASES, Window, diagnose, verdict
 from deploy.plots import read_rows
-from deploy.run_dir import is_running, read_config, write_json
+from deploy.run_dir import read_config, write_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +39,7 @@ def doctor(path: Path, flags: DoctorFlags) -> int:
     """
     config = read_config(path)
     window = _read(path, config, flags.minutes)
-    under_way = is_running(path)
+    under_way = locks.is_held(path)
     findings = diagnose(window, config, is_running=under_way)
     sentence = verdict(window, findings, config)
     state = "under way" if under_way else "at rest"

@@ -5,7 +5,6 @@ Only run.json must be there and whole. What else is missing or torn is told by a
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 from collections import Counter
@@ -18,7 +17,7 @@ import numpy as np
 
 from common import config as configs
 from common.config import ByteSize, RunConfig
-from deploy import run_dir
+from deploy import locks, run_dir
 from deploy.aggregates import Floats
 from deploy.human_scores import human_normalized_score
 from deploy.recipes import RECIPES
@@ -234,7 +233,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 def _read_run(path: Path, name: str) -> Run:
     info = run_dir.read_run_json(path)
     config = run_dir.read_config(path)
-    is_under_way = _is_locked(path)
+    is_under_way = locks.is_held(path)
     notes: list[str] = []
     rows = _read_rows(path / "metrics.jsonl", notes)
     summary = _read_json(path / "summary.json", notes)
@@ -475,18 +474,6 @@ def _who_has_what(runs: Sequence[Run], name: str) -> str:
 def _listed(names: Sequence[str]) -> str:
     rest = len(names) - _MOST_NAMES
     return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a qfleet is at work there now."""
-    try:
-        with (path / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _read_rows(file: Path, notes: list[str]) -> list[Row]:

@@ -5,7 +5,6 @@ run.json  workers.json  metrics.jsonl  events.*  checkpoints/  learning_curve.pn
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -13,7 +12,6 @@ import os
 import platform
 import secrets
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +20,7 @@ from common import config as config_module
 from common.config import EnvConfig, RunConfig
 from common.errors import CheckpointError, UserError
 from common.files import write_whole
+from deploy import locks
 from learner import checkpoint as checkpoints
 
 FORMAT_VERSION = 1
@@ -36,7 +35,6 @@ _CHANGES_NOTHING = (
     "address",
     "metrics_port",
 )
-_LOOK_SECONDS = 0.2  # Far longer than `is_running` holds the lock.
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -109,34 +107,12 @@ def open_run(config: RunConfig, path: Path, checkpoint: str | None = None) -> Ru
       UserError: where the run there is another one, or running, or its files cannot be trusted; nothing is written then.
     """
     _make_directory(path)
-    try:
-        lock = (path / ".lock").open("a")
-    except OSError as error:
-        raise UserError(f"--run-dir {path}: no permission to write there ({error.strerror})") from error
-    try:
-        _lock(lock)
-    except BlockingIOError as error:
-        lock.close()
-        raise UserError(f"{path}: another qfleet is running there; stop it first, or choose another --run-dir") from error
-    except OSError as error:
-        lock.close()
-        raise UserError(
-            f"--run-dir {path}: its file system has no locks ({error.strerror}): mount it with them (Lustre: -o flock)"
-        ) from error
+    lock = locks.hold(path, "--run-dir", busy="another qfleet is running there; stop it first, or choose another --run-dir")
     try:
         return _open_locked(config, path, lock, checkpoint)
     except BaseException:
         lock.close()
         raise
-
-
-def _lock(file: TextIO) -> None:
-    """Locks; tries twice, since `is_running` holds the lock for a moment. Raises OSError where another run holds it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        time.sleep(_LOOK_SECONDS)
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _open_locked(config: RunConfig, path: Path, lock: TextIO, name: str | None) -> RunDirectory:
@@ -212,18 +188,6 @@ def read_config(path: Path) -> RunConfig:
         return config_module.from_dict(values)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path / 'run.json'}: {error}; it was written by another version of qfleet") from error
-
-
-def is_running(path: Path) -> bool:
-    """Whether a process holds the lock of the run at `path`."""
-    try:
-        with (path / ".lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def newest_checkpoint_path(path: Path) -> Path | None:

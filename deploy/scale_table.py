@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import math
 from collections.abc import Collection
@@ -14,6 +13,7 @@ from typing import Any, TextIO
 from common.config import RunConfig
 from common.errors import UserError
 from common.files import write_whole
+from deploy import locks
 from deploy.scale_run import COLUMNS, RATES
 
 _NAMES = ("round", "digest", "commit", "date", "fault")
@@ -158,17 +158,13 @@ def lock_directory(out: Path) -> TextIO:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("a")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); choose another directory") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise UserError(
-            f"--out {out}: another qfleet scale is at work there, or a run of one that was killed is ending; stop it first, or choose another --out"
-        ) from error
-    return lock
+    return locks.hold(
+        out,
+        "--out",
+        busy="another qfleet scale is at work there, or a run of one that was killed is ending; stop it first, or choose another --out",
+    )
 
 
 def _key(row: Row) -> tuple[str, str, int]:
