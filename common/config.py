@@ -493,6 +493,10 @@ class LearnerConfig:
     priority_floor: float = 1e-3
     """Added to abs(td_error), so that every transition can be drawn again."""
 
+    random_shift_pixels: int = 0
+    """Sampled observations are shifted at random by up to so many pixels, up or down and left or right (Yarats et al. 2021, DrQ,
+    which has 4). 0: off."""
+
     prefetch_batches: int = 4
     """Batches held ready by the prefetch threads (one for each spare core, at most 4), and requests under way to each shard."""
 
@@ -545,6 +549,10 @@ class LearnerConfig:
         _require(
             self.learning_rate_hold_updates >= 0,
             f"learner.learning_rate_hold_updates must not be negative, got {self.learning_rate_hold_updates}",
+        )
+        _require(
+            0 <= self.random_shift_pixels <= 42,  # Half a frame.
+            f"learner.random_shift_pixels must be in [0, 42], got {self.random_shift_pixels}",
         )
         _require_positive("learner", self, "num_devices")
         _require_fraction("learner", self, "importance_exponent", "target_soft_rate", "rmsprop_decay", "munchausen_coefficient")
@@ -696,6 +704,10 @@ class RunConfig:
         _require(
             self.network.torso == "mlp" or self.env.is_atari,
             f"network.torso {self.network.torso} needs an Atari game; for {self.env.game} use --network.torso mlp",
+        )
+        _require(
+            not self.learner.random_shift_pixels or self.env.is_atari,
+            f"learner.random_shift_pixels shifts frames of Atari games, and {self.env.game} has none: leave it out",
         )
         share = self.replay.capacity // self.replay.num_shards
         longest = self.actors.chunk_transitions + self.actors.n_step

@@ -25,6 +25,7 @@ from common.messages import Array, PriorityUpdate, SampleBatch
 from common.priorities import importance_weights
 from common.protocols import ReplayReader
 from common.timing import Latencies, PhaseClock, Usage, usage
+from learner.augmentation import shift_randomly
 from learner.inputs import Transfer
 from learner.unpack import unpack_stacks
 
@@ -69,7 +70,12 @@ def shares(batch_size: int, num_shards: int) -> list[int]:
 
 
 def merge(
-    parts: Sequence[SampleBatch], *, importance_exponent: float, transfer: Transfer, clock: PhaseClock | None = None
+    parts: Sequence[SampleBatch],
+    *,
+    importance_exponent: float,
+    transfer: Transfer,
+    random_shift_pixels: int = 0,
+    clock: PhaseClock | None = None,
 ) -> Batch:
     """Merges the shards' parts into one batch; `clock` counts as `transfer` what bringing it to the device takes.
 
@@ -84,6 +90,9 @@ def merge(
     num_items = sum(part.size for part in parts)
     weights, maximum = importance_weights(probability, draw_probability, num_items, exponent=importance_exponent)
     stacks = merge_stacks(parts, transfer.empty)
+    if random_shift_pixels:  # Drawn by the items' own names: nothing to save, whichever thread it is.
+        rng = np.random.default_rng(np.concatenate([part.item_id for part in parts]))
+        shift_randomly(stacks, rng, random_shift_pixels)
 
     def joined(name: str, dtype: type) -> Tensor:
         return transfer.scalars(np.concatenate([getattr(part, name) for part in parts]).astype(dtype))
@@ -136,10 +145,12 @@ class BatchSource:
         prefetch_batches: int,
         prefetch_threads: int,
         transfer: Transfer,
+        random_shift_pixels: int = 0,
     ) -> None:
         """`num_items` is how many each reader's shard is asked for."""
         self._readers = readers
         self._num_items = num_items
+        self._random_shift_pixels = random_shift_pixels
         self.importance_exponent, self._transfer = importance_exponent, transfer
         self._prefetch_batches, self._prefetch_threads = prefetch_batches, prefetch_threads
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(prefetch_batches)
@@ -241,7 +252,13 @@ class BatchSource:
             return None
         try:
             with clock("unpack"):
-                return merge(parts, importance_exponent=self.importance_exponent, transfer=self._transfer, clock=clock)
+                return merge(
+                    parts,
+                    importance_exponent=self.importance_exponent,
+                    transfer=self._transfer,
+                    random_shift_pixels=self._random_shift_pixels,
+                    clock=clock,
+                )
         except WireError as error:
             with self._collecting:
                 self._drop(f"a batch cannot be unpacked: {error}")

@@ -91,7 +91,7 @@ def _decompress(_context: Any, decoder: Any, source: Any, target: Any, num_bytes
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _copy(_context: Any, target: Any, source: Any, num_bytes: Any) -> Any:
+def copy_bytes(_context: Any, target: Any, source: Any, num_bytes: Any) -> Any:
     """memcpy: numba's own loop over slices takes three times as long."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -174,7 +174,7 @@ def _unpack(
             if streams:
                 _stream(target, source, plane_bytes)
             else:
-                _copy(target, source, plane_bytes)
+                copy_bytes(target, source, plane_bytes)
         start = end
     _fence()
     return -1
