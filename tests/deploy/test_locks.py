@@ -18,7 +18,7 @@ def test_lock_is_held_until_it_is_closed(tmp_path: Path) -> None:
     assert not locks.is_held(tmp_path), "no lock file yet"
     with locks.hold(tmp_path, "--out", busy="somebody is there"):
         assert locks.is_held(tmp_path)
-        with pytest.raises(UserError, match=f"^--out {tmp_path}: somebody is there$"):
+        with pytest.raises(UserError, match="--out .*: somebody is there"):
             locks.hold(tmp_path, "--out", busy="somebody is there")
     assert not locks.is_held(tmp_path)
     locks.hold(tmp_path, "--out", busy="somebody is there").close()
@@ -40,7 +40,7 @@ def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(UserError, match="its file system has no locks .No locks available.: mount it with them"):
+    with pytest.raises(UserError, match=r"its file system has no locks \(No locks available\): mount it with them"):
         locks.hold(tmp_path, "--out", busy="somebody is there")
 
 
