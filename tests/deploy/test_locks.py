@@ -18,7 +18,7 @@ def test_lock_is_held_until_it_is_closed(tmp_path: Path) -> None:
     assert not locks.is_held(tmp_path), "no lock file yet"
     with locks.hold(tmp_path, "--out", busy="somebody is there"):
         assert locks.is_held(tmp_path)
-        with pytest.raises(UserError, match="--out .*: somebody is there"):
+        with pytest.raises(UserError, match=r"^--out .+: somebody is there$"):
             locks.hold(tmp_path, "--out", busy="somebody is there")
     assert not locks.is_held(tmp_path)
     locks.hold(tmp_path, "--out", busy="somebody is there").close()
