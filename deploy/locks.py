@@ -26,7 +26,7 @@ def hold(directory: Path, option: str, *, busy: str) -> TextIO:
     try:
         lock = (directory / ".lock").open("a")
     except OSError as error:
-        raise UserError(f"{option} {directory}: no permission to write there ({error.strerror})") from error
+        raise UserError(f"{option} {directory}: cannot be written to ({error.strerror}); choose another") from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

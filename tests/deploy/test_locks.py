@@ -46,5 +46,5 @@ def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_directory_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()  # Permissions do not hold for root.
-    with pytest.raises(UserError, match="no permission to write there"):
+    with pytest.raises(UserError, match=r"cannot be written to .+ choose another"):
         locks.hold(tmp_path, "--out", busy="somebody is there")
