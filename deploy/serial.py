@@ -50,7 +50,7 @@ def run_serial(
     threads = config.learner.num_threads or 1
     logs = ReplayLogs(run_dir.path, config)
     system = _make(config, spec, run_dir, progress, recorder, logs, threads)
-    shards, store, learner, actors, _ = system
+    shards, store, learner, actors, writers = system
     params = LocalParams(store)
     roles.limit_threads(threads)
 
@@ -68,11 +68,15 @@ def run_serial(
                 moved = True
             if stopped_by is not None:
                 break
-            for actor in actors:
+            for actor, writer in zip(actors, writers, strict=True):
+                pushed = writer.counts()
                 if actor.send_waiting(0.0):
                     actor.step()
                     progress.env_steps_of[actor.slot] = actor.env_steps
                     moved = True
+                moved |= (
+                    writer.counts() != pushed
+                )  # What it could push, before it had to wait, may be what the learner waits for.
             assert moved, f"the serial run is stuck: {actors[0].stats().waits_for}; {learner.stats().waits_for}"
             now = time.monotonic()
             if now >= next_row:

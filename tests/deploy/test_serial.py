@@ -45,6 +45,13 @@ def test_ledger_and_ratio_hold_over_two_shards_with_priorities(tmp_path):
     assert abs(row["shard/sampled_transitions"] - 16 * (row["shard/inserted_transitions"] - 200)) <= 2 * 16 * 16 * 2 * 4 + 64
 
 
+def test_chunks_that_could_be_pushed_before_the_limiter_refused_the_rest_are_no_standstill(tmp_path):
+    """Eight chunks are ready at once and the buffer holds one: actors wait in the middle, for updates that these pushes pay for."""
+    few = ["--actors.num-envs", "8", "--actors.max-in-flight-chunks", "1", "--actors.chunk-transitions", "32"]
+    status, summary = train(tmp_path, "gridworld", "--max-updates", "100", *few)
+    assert status == 0 and summary["updates"] == 100
+
+
 def test_the_same_command_goes_on_where_it_stopped(tmp_path):
     _, first = train(tmp_path, "gridworld", "--max-updates", "50")
     status, second = train(tmp_path, "gridworld", "--max-updates", "80")
