@@ -202,6 +202,10 @@ class NetworkConfig:
     spectral_norm: bool = False
     """impala: the residual convolutions are divided by their largest singular value (Miyato et al. 2018, arXiv:1802.05957)."""
 
+    weight_standardization: bool = False
+    """Convolutional torsos: every filter of a convolution is shifted and scaled to a mean of 0 and a norm of 1 (Qiao et al. 2019,
+    arXiv:1903.10520), so that a gray background is as good as a black one."""
+
     hidden_sizes: tuple[int, ...] = (256,)
     """Units of each hidden fully connected layer (ReLU). 256 for dqn2013, 512 for nature."""
 
@@ -259,6 +263,14 @@ class NetworkConfig:
         _require(
             self.torso != "mlp" or self.adaptive_pool is None,
             "network.adaptive_pool is of convolutional torsos: leave it out with --network.torso mlp",
+        )
+        _require(
+            self.torso != "mlp" or not self.weight_standardization,
+            "network.weight_standardization is of convolutional torsos: leave it out with --network.torso mlp",
+        )
+        _require(
+            not (self.spectral_norm and self.weight_standardization),
+            "network.spectral_norm and network.weight_standardization both scale the convolutions: set one of them",
         )
         _require(
             self.distribution == "expectation" or not self.value_rescaling,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.torsos import CONVOLUTIONS, IMPALA_BLOCKS, IMPALA_CHANNELS, check_pool, halved
+
+MIN_FILTER_VARIANCE = 1e-4
+"""Times the fan-in, of a filter that is standardized: below, it is not blown up to a norm of 1."""
 
 
 class NoisyLinear(nn.Linear):
@@ -151,22 +155,45 @@ class SpectralConv2d(nn.Conv2d):
         return functional.conv2d(input, self.normalized(), self.bias, padding=self.padding)
 
 
-class PixelConv2d(nn.Conv2d):
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution whose filters have a mean of 0 and a norm of 1, whatever its weight.
+
+    So a plane of one gray level gives nothing but the bias, and no filter outweighs the others: both carry gradient. With plain filters
+    a layer norm over channels and positions mostly sees which filters sum to much, where a game's background is not black.
+
+    Source: Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
+    https://arxiv.org/abs/1903.10520; divided by the root of the fan-in too, as in Brock et al. 2021, https://arxiv.org/abs/2101.08692.
+    """
+
+    def standardized(self) -> Tensor:
+        """Returns the weight in use f32[out, in, kernel, kernel]."""
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
+        fan_in = self.weight[0].numel()
+        return (self.weight - mean) * (variance * fan_in).clamp(min=MIN_FILTER_VARIANCE).rsqrt()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.conv2d(input, self.standardized(), self.bias, self.stride, self.padding)
+
+
+class PixelConv2d(StandardizedConv2d):
     """The first convolution of a torso, on pixels as they are stored: the weight is scaled, and not the pixels.
 
     So bytes travel and convert without rounding (bfloat16 holds every whole number up to 256), and no pass over the observations
     is spent on their scale. It also takes observations in blocks, `functional.pixel_unshuffle(observations, stride)`, where
     kernel and planes divide by the stride: the convolution is then one of stride 1 over stride * stride times as many
-    channels, with the same weight, which GPUs do faster.
+    channels, with the same weight, which GPUs do faster. `standardize`: with the filters of its base class, else as the weight is.
     """
 
-    def __init__(self, num_in: int, num_out: int, kernel: int, stride: int = 1, *, padding: int = 0, scale: float) -> None:
+    def __init__(
+        self, num_in: int, num_out: int, kernel: int, stride: int = 1, *, padding: int = 0, scale: float, standardize: bool
+    ) -> None:
         super().__init__(num_in, num_out, kernel, stride, padding)
-        self._scale = scale
+        self._scale, self._standardize = scale, standardize
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns [B, num_out, ...] for [B, num_in, H, W], or for the same in blocks."""
-        weight = self.weight if self._scale == 1.0 else self.weight * self._scale
+        weight = self.standardized() if self._standardize else self.weight
+        weight = weight if self._scale == 1.0 else weight * self._scale
         if input.shape[1] == self.in_channels:
             return functional.conv2d(input, weight, self.bias, self.stride, self.padding)
         return functional.conv2d(input, functional.pixel_unshuffle(weight, self.stride[0]), self.bias)
@@ -175,13 +202,12 @@ class PixelConv2d(nn.Conv2d):
 class ResidualBlock(nn.Module):
     """x + conv(ReLU(conv(ReLU(x)))), with 3 x 3 convolutions; a layer norm stands before either ReLU."""
 
-    def __init__(self, channels: int, *, layer_norm: bool, spectral_norm: bool) -> None:
+    def __init__(self, channels: int, *, layer_norm: bool, convolution: Callable[..., nn.Conv2d]) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for _ in range(2):
             layers += [nn.GroupNorm(1, channels)] if layer_norm else []
-            layers.append(nn.ReLU())
-            layers.append((SpectralConv2d if spectral_norm else nn.Conv2d)(channels, channels, 3, padding=1))
+            layers += [nn.ReLU(), convolution(channels, channels, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -196,6 +222,7 @@ def make_torso(
     width: int,
     layer_norm: bool,
     spectral_norm: bool,
+    weight_standardization: bool,
     adaptive_pool: int | None,
     scale: float,
 ) -> tuple[nn.Sequential, int]:
@@ -206,20 +233,21 @@ def make_torso(
         raise ValueError(f"network.torso {name} needs 2-D planes, got {plane_shape}: use mlp")
     layers: list[nn.Module] = []
     channels, (height, columns) = num_planes, plane_shape
+    first = partial(PixelConv2d, scale=scale, standardize=weight_standardization)
+    plain = StandardizedConv2d if weight_standardization else nn.Conv2d
     if name == "impala":
+        residual = SpectralConv2d if spectral_norm else plain
         for base in IMPALA_CHANNELS:
             out_channels = base * width
-            convolution = nn.Conv2d if layers else partial(PixelConv2d, scale=scale)
+            convolution = plain if layers else first
             layers += [convolution(channels, out_channels, 3, padding=1), nn.MaxPool2d(3, 2, padding=1)]
-            layers += [
-                ResidualBlock(out_channels, layer_norm=layer_norm, spectral_norm=spectral_norm) for _ in range(IMPALA_BLOCKS)
-            ]
+            layers += [ResidualBlock(out_channels, layer_norm=layer_norm, convolution=residual) for _ in range(IMPALA_BLOCKS)]
             channels, height, columns = out_channels, halved(height), halved(columns)
         layers += [nn.GroupNorm(1, channels)] if layer_norm else []
         layers.append(nn.ReLU(inplace=True))
     else:
         for out_channels, kernel, stride in CONVOLUTIONS[name]:
-            convolution = nn.Conv2d if layers else partial(PixelConv2d, scale=scale)
+            convolution = plain if layers else first
             layers.append(convolution(channels, out_channels, kernel, stride))
             layers += [nn.GroupNorm(1, out_channels)] if layer_norm else []
             layers.append(nn.ReLU(inplace=True))

@@ -51,6 +51,7 @@ class QNetwork(nn.Module):
             width=config.width,
             layer_norm=config.layer_norm,
             spectral_norm=config.spectral_norm,
+            weight_standardization=config.weight_standardization,
             adaptive_pool=config.adaptive_pool,
             scale=self._scale,
         )

@@ -212,7 +212,7 @@ def has_plain_twin(problem: Problem) -> bool:
     """Whether `PlainUpdates` computes what the problem asks for: expectations, double Q-learning, no noise."""
     network, learner = problem.network, problem.learner
     is_plain = network.distribution == "expectation" and network.noisy_sigma is None and not network.value_rescaling
-    is_plain = is_plain and not network.spectral_norm
+    is_plain = is_plain and not (network.spectral_norm or network.weight_standardization)
     return is_plain and (learner.algorithm, learner.loss, learner.optimizer) == ("double_q_learning", "huber", "adam")
 
 

@@ -217,6 +217,11 @@ def of_atari(**sections):
         (lambda: NetworkConfig(torso="nature", width=2), r"^network\.width is of the impala torso"),
         (lambda: NetworkConfig(torso="nature", spectral_norm=True), r"^network\.spectral_norm is of the impala torso"),
         (lambda: NetworkConfig(adaptive_pool=6), r"^network\.adaptive_pool is of convolutional torsos"),
+        (lambda: NetworkConfig(weight_standardization=True), r"^network\.weight_standardization is of convolutional torsos"),
+        (
+            lambda: NetworkConfig(torso="impala", spectral_norm=True, weight_standardization=True),
+            r"^network\.spectral_norm and network\.weight_standardization both scale",
+        ),
         (
             lambda: NetworkConfig(distribution="quantile", value_rescaling=True),
             r"^network\.value_rescaling is of expectations: .* --network\.distribution quantile",

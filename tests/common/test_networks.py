@@ -396,6 +396,34 @@ def test_spectral_norm_is_of_the_residual_convolutions_alone():
     assert all(isinstance(module, SpectralConv2d) == ("layers" in name) for name, module in convolutions)
 
 
+@pytest.mark.parametrize("torso", ["dqn2013", "nature", "impala"])
+def test_weight_standardization_is_of_every_convolution_or_of_none(torso):
+    for standardize in (False, True):
+        network = make_network(NetworkConfig(torso=torso, weight_standardization=standardize), PIXELS, 0)
+        convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+        assert len(convolutions) == {"dqn2013": 2, "nature": 3, "impala": 15}[torso]
+        # The same function of another weight, where it is standardized.
+        before = network(pixels(1))
+        for module in convolutions:
+            with torch.no_grad():
+                module.weight.add_(module.weight.mean(dim=(1, 2, 3), keepdim=True) + 0.1)
+            assert torch.allclose(network(pixels(1)), before, atol=1e-3) == standardize
+
+
+def test_gray_levels_do_not_drown_what_moves():
+    """Of a first layer's output on a gray plane with a ball, normalized: most varies between its channels, with standardized filters little."""
+    frames = torch.full((1, 4, 84, 84), 87, dtype=torch.uint8)
+    frames[..., 40:44, 30:32] = 236
+    frames[..., 30:46, 70:72] = 147
+    shares = []
+    for standardize in (False, True):
+        config = NetworkConfig(torso="dqn2013", layer_norm=True, weight_standardization=standardize)
+        network = make_network(config, PIXELS, 0)
+        normalized = network.torso[:2](network.prepare(frames, torch.float32))
+        shares.append(normalized.mean(dim=(0, 2, 3)).var(correction=0).item())
+    assert shares[0] > 0.98 and shares[1] < 0.8
+
+
 def test_a_pass_changes_nothing_and_a_step_of_the_spectral_norms_only_them():
     network = make_network(NetworkConfig(**ALL_TOGETHER), PIXELS, 0)
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -424,10 +452,11 @@ def test_a_pass_is_one_graph_without_breaks(distribution):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("torso", ["dqn2013", "nature"])
-def test_space_to_depth_is_the_same_convolution(torso):
+def test_space_to_depth_is_the_same_convolution(torso, standardize):
     """The same parameters, and equal outputs and gradients in fp32, but for the order of sums."""
-    network = make_network(NetworkConfig(torso=torso, hidden_sizes=(16,)), PIXELS, seed=0)
+    network = make_network(NetworkConfig(torso=torso, weight_standardization=standardize, hidden_sizes=(16,)), PIXELS, seed=0)
     observations = pixels(6)
     results = []
     for in_blocks in (False, True):
@@ -438,7 +467,8 @@ def test_space_to_depth_is_the_same_convolution(torso):
     for plain, blocks in zip(*results, strict=True):
         torch.testing.assert_close(plain, blocks, rtol=1e-4, atol=1e-4 * float(plain.detach().abs().max()))
     first = network.torso[0]  # A block's channels in another order would be seen.
-    shuffled = torch.conv2d(prepared.flip(1), torch.nn.functional.pixel_unshuffle(first.weight, 4) / 255, first.bias)
+    weight = first.standardized() if standardize else first.weight
+    shuffled = torch.conv2d(prepared.flip(1), torch.nn.functional.pixel_unshuffle(weight, 4) / 255, first.bias)
     assert (shuffled - first(prepared)).abs().max() > 1e-3
 
 

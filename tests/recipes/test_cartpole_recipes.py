@@ -36,6 +36,7 @@ def on_cartpole(config):
             width=1,
             adaptive_pool=None,
             spectral_norm=False,
+            weight_standardization=False,
             hidden_sizes=(128, 128),
             noisy_sigma=0.1 if noisy else None,
             value_min=0.0,

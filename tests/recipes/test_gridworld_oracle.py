@@ -69,6 +69,7 @@ def on_gridworld(config):
             width=1,
             adaptive_pool=None,
             spectral_norm=False,
+            weight_standardization=False,
             hidden_sizes=(64,),
             num_atoms=21,
             value_min=-2.0,
