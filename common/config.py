@@ -509,9 +509,6 @@ class LearnerConfig:
     """Sampled observations are shifted at random by up to so many pixels, up or down and left or right (Yarats et al. 2021, DrQ,
     which has 4). 0: off."""
 
-    random_shift_hold_updates: int = 0
-    """Updates before they begin to be."""
-
     prefetch_batches: int = 4
     """Batches held ready by the prefetch threads (one for each spare core, at most 4), and requests under way to each shard."""
 
@@ -568,10 +565,6 @@ class LearnerConfig:
         _require(
             0 <= self.random_shift_pixels <= 42,  # Half a frame.
             f"learner.random_shift_pixels must be in [0, 42], got {self.random_shift_pixels}",
-        )
-        _require(
-            self.random_shift_hold_updates >= 0,
-            f"learner.random_shift_hold_updates must not be negative, got {self.random_shift_hold_updates}",
         )
         _require_positive("learner", self, "num_devices")
         _require_fraction("learner", self, "importance_exponent", "target_soft_rate", "rmsprop_decay", "munchausen_coefficient")

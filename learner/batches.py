@@ -145,12 +145,13 @@ class BatchSource:
         prefetch_batches: int,
         prefetch_threads: int,
         transfer: Transfer,
+        random_shift_pixels: int = 0,
     ) -> None:
         """`num_items` is how many each reader's shard is asked for."""
         self._readers = readers
         self._num_items = num_items
+        self._random_shift_pixels = random_shift_pixels
         self.importance_exponent, self._transfer = importance_exponent, transfer
-        self.random_shift_pixels = 0
         self._prefetch_batches, self._prefetch_threads = prefetch_batches, prefetch_threads
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(prefetch_batches)
         self._stopping = threading.Event()
@@ -255,7 +256,7 @@ class BatchSource:
                     parts,
                     importance_exponent=self.importance_exponent,
                     transfer=self._transfer,
-                    random_shift_pixels=self.random_shift_pixels,
+                    random_shift_pixels=self._random_shift_pixels,
                     clock=clock,
                 )
         except WireError as error:

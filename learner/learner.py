@@ -81,6 +81,7 @@ class Learner:
             prefetch_batches=config.prefetch_batches,
             prefetch_threads=min(torch.get_num_threads(), MAX_PREFETCH_THREADS),
             transfer=self._update.transfer,
+            random_shift_pixels=config.random_shift_pixels,
         )
         self._clock = PhaseClock()
         self._batch: Batch | None = None  # Fetched, and not learned from yet: another rank had none.
@@ -107,7 +108,6 @@ class Learner:
         self._pause: float | None = None  # The longest of them since a checkpoint was begun; None while there is none.
         self._saver = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[Path] | None = None
-        self._anneal()
 
     @property
     def updates(self) -> int:
@@ -336,10 +336,8 @@ class Learner:
         self._last_end = now
 
     def _anneal(self) -> None:
-        """Sets what changes over the run: the importance exponent and the shifts of batches drawn from now on, and the learning rate."""
+        """Sets what changes over the run: the importance exponent of batches that are drawn from now on, and the learning rate."""
         config = self._config
-        if self.updates >= config.random_shift_hold_updates:
-            self._source.random_shift_pixels = config.random_shift_pixels
         if config.importance_anneal_updates is not None:
             self._source.importance_exponent = schedules.linear(
                 self.updates, initial=config.importance_exponent, final=1.0, num=config.importance_anneal_updates
