@@ -150,25 +150,35 @@ def gridworld() -> RunConfig:
 
 
 def pong() -> RunConfig:
-    """Atari on two cores: the network of 2013 with layer norm, 32 quantiles, n = 7, double Q-learning, eight samples a step; the
-    target is an average of the last 200 updates, and it is also what plays. `docs/experiments.md` says what each of these is worth.
+    """Atari on two cores: the network of 2013 with layer norm and standardized filters, 32 quantiles, n = 7, a discount of 0.97, double
+    Q-learning, four samples a step, frames shifted at random; the target is an average of the last 200 updates, and it is also what
+    plays. A lost life is a terminal state in training, as in Mnih et al. 2015. `docs/experiments.md` says what each of these is worth.
     """
     return RunConfig(
         recipe="pong",
-        env=EnvConfig(game="pong", frame_stack=4),
-        network=NetworkConfig(torso="dqn2013", hidden_sizes=(256,), layer_norm=True, distribution="quantile", num_quantiles=32),
+        env=EnvConfig(game="pong", frame_stack=4, life_loss_terminates=True),
+        network=NetworkConfig(
+            torso="dqn2013",
+            hidden_sizes=(256,),
+            layer_norm=True,
+            weight_standardization=True,
+            distribution="quantile",
+            num_quantiles=32,
+        ),
         actors=ActorsConfig(
             num_actors=1,
             num_envs=8,
             n_step=7,
+            discount=0.97,
             reward_clip=1.0,
             exploration=ExplorationConfig(kind="linear", final=0.02, decay_steps=40_000),
             chunk_transitions=32,
             pull_period_steps=10,
         ),
-        replay=ReplayConfig(capacity=200_000, memory=ByteSize(GIB // 2), min_size=5_000, samples_per_insert=8.0),
+        replay=ReplayConfig(capacity=200_000, memory=ByteSize(GIB // 2), min_size=5_000, samples_per_insert=4.0),
         learner=LearnerConfig(
             batch_size=64,
+            random_shift_pixels=4,
             learning_rate=5e-4,
             learning_rate_hold_updates=50_000,  # Pong is solved before; longer games gain by smaller steps later on.
             learning_rate_anneal_updates=200_000,
@@ -185,16 +195,12 @@ def pong() -> RunConfig:
 
 
 def breakout() -> RunConfig:
-    """Breakout with the settings of `pong`, but four samples a step and frames that are shifted at random: without these it stays at 20
-    points, and Pong takes longer with them (`docs/experiments.md`). A lost life is a terminal state in training, as in Mnih et al. 2015.
-    """
+    """Breakout with the settings of `pong`."""
     base = pong()
     return replace(
         base,
         recipe="breakout",
-        env=replace(base.env, game="breakout", life_loss_terminates=True),
-        replay=replace(base.replay, samples_per_insert=4.0),
-        learner=replace(base.learner, random_shift_pixels=4),
+        env=replace(base.env, game="breakout"),
         evaluation=replace(base.evaluation, target_return=None, epsilon=0.01),
     )
 
