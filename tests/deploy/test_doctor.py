@@ -14,7 +14,8 @@ from deploy.doctor import DoctorFlags, doctor, newest_run
 from deploy.recipes import RECIPES
 from deploy.run_dir import open_run
 
-CONFIG = RECIPES["pong"]()
+_PONG = RECIPES["pong"]()
+CONFIG = replace(_PONG, replay=replace(_PONG.replay, samples_per_insert=8.0))  # As in the run that the rows are of.
 
 HEALTHY = {
     "actor/num_alive": 1,

@@ -12,6 +12,7 @@ from tests.recipes.test_gridworld_oracle import PUBLISHED
 
 SOLVED = 195.0  # CartPole-v0: mean greedy return over 100 episodes of at most 200 steps.
 UPDATES = range(2_500, 9_501, 1_000)  # Where training pauses for an evaluation.
+LONG = ("btr", "munchausen_iqn", "rainbow")  # Half a minute or more. What they are made of is in the others, and they learn the grid world.
 
 
 def on_cartpole(config):
@@ -88,7 +89,11 @@ def mean_returns(config, path):
 
 
 @pytest.mark.filterwarnings("ignore:.*CartPole-v0 is out of date:DeprecationWarning")
-@pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda recipe: recipe.__name__)
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(recipe, marks=pytest.mark.slow if recipe.__name__ in LONG else ()) for recipe in PUBLISHED],
+    ids=lambda recipe: recipe.__name__,
+)
 def test_recipe_solves_cartpole(tmp_path, monkeypatch, recipe):
     monkeypatch.setattr("deploy.train.draw_learning_curve", lambda *_: None)  # A second for each run, and looked at by nobody.
     results = mean_returns(on_cartpole(recipe()), tmp_path)
