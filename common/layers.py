@@ -155,33 +155,33 @@ class SpectralConv2d(nn.Conv2d):
         return functional.conv2d(input, self.normalized(), self.bias, padding=self.padding)
 
 
-class StandardizedConv2d(nn.Conv2d):
-    """A convolution whose filters have a mean of 0 and a norm of 1, whatever its weight.
+def standardized(weight: Tensor) -> Tensor:
+    """Returns f32[out, in, kernel, kernel] whose filters have a mean of 0 and a norm of 1; the mean and the norm carry gradient.
 
-    So a plane of one gray level gives nothing but the bias, and no filter outweighs the others: both carry gradient. With plain filters
-    a layer norm over channels and positions mostly sees which filters sum to much, where a game's background is not black.
+    So a plane of one gray level gives nothing but the bias where nothing is padded, and no filter outweighs the others. With plain filters a
+    layer norm over channels and positions mostly sees which filters sum to much, where a game's background is not black.
 
     Source: Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
     https://arxiv.org/abs/1903.10520; divided by the root of the fan-in too, as in Brock et al. 2021, https://arxiv.org/abs/2101.08692.
     """
+    variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
+    return (weight - mean) * (variance * weight[0].numel()).clamp(min=MIN_FILTER_VARIANCE).rsqrt()
 
-    def standardized(self) -> Tensor:
-        """Returns the weight in use f32[out, in, kernel, kernel]."""
-        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        fan_in = self.weight[0].numel()
-        return (self.weight - mean) * (variance * fan_in).clamp(min=MIN_FILTER_VARIANCE).rsqrt()
+
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution with the filters that `standardized` makes of its weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.conv2d(input, self.standardized(), self.bias, self.stride, self.padding)
+        return functional.conv2d(input, standardized(self.weight), self.bias, self.stride, self.padding)
 
 
-class PixelConv2d(StandardizedConv2d):
+class PixelConv2d(nn.Conv2d):
     """The first convolution of a torso, on pixels as they are stored: the weight is scaled, and not the pixels.
 
     So bytes travel and convert without rounding (bfloat16 holds every whole number up to 256), and no pass over the observations
     is spent on their scale. It also takes observations in blocks, `functional.pixel_unshuffle(observations, stride)`, where
     kernel and planes divide by the stride: the convolution is then one of stride 1 over stride * stride times as many
-    channels, with the same weight, which GPUs do faster. `standardize`: with the filters of its base class, else as the weight is.
+    channels, with the same weight, which GPUs do faster. `standardize`: with the filters that `standardized` makes of the weight.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class PixelConv2d(StandardizedConv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns [B, num_out, ...] for [B, num_in, H, W], or for the same in blocks."""
-        weight = self.standardized() if self._standardize else self.weight
+        weight = standardized(self.weight) if self._standardize else self.weight
         weight = weight if self._scale == 1.0 else weight * self._scale
         if input.shape[1] == self.in_channels:
             return functional.conv2d(input, weight, self.bias, self.stride, self.padding)

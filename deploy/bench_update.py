@@ -164,7 +164,7 @@ class PlainUpdates:
 
     def __init__(self, problem: Problem, *, is_prepared: bool) -> None:
         config, device = problem.learner, problem.device
-        # Observations that are floating-point already are not scaled by the first layer: it is a plain nn.Conv2d then.
+        # Observations that are floating-point already are not scaled by the first layer.
         spec = problem.spec._replace(plane_dtype="<f4")
         self._scale = 255.0 if problem.spec.plane_dtype == "|u1" else 1.0
         self._online = make_network(problem.network, spec, 0).to(device)
@@ -212,7 +212,7 @@ def has_plain_twin(problem: Problem) -> bool:
     """Whether `PlainUpdates` computes what the problem asks for: expectations, double Q-learning, no noise."""
     network, learner = problem.network, problem.learner
     is_plain = network.distribution == "expectation" and network.noisy_sigma is None and not network.value_rescaling
-    is_plain = is_plain and not (network.spectral_norm or network.weight_standardization)
+    is_plain = is_plain and not network.spectral_norm
     return is_plain and (learner.algorithm, learner.loss, learner.optimizer) == ("double_q_learning", "huber", "adam")
 
 

@@ -82,8 +82,12 @@ class RunDirectory:
         if not (config.serial and "serial" in self.meta and config.replay.sync_seconds is not None):
             return False
         # Not what run.json says: a command in between may have changed that, and ended before it did anything.
-        before, now = _flat(self.meta["run_counters"]["config"]), _flat(config_module.as_dict(config))
-        changed = [name for name, value in now.items() if name != "run_dir" and _plain(before.get(name)) != _plain(value)]
+        try:
+            saved = config_module.from_dict(self.meta["run_counters"]["config"])
+        except (ValueError, TypeError):  # Of another version, with settings that this one does not know.
+            return False
+        before, now = _flat(config_module.as_dict(saved)), _flat(config_module.as_dict(config))
+        changed = [name for name, value in now.items() if name != "run_dir" and before[name] != value]
         return all(name.startswith(_CHANGES_NOTHING) for name in changed)
 
     def close(self) -> None:
@@ -232,11 +236,6 @@ def _differences(old: RunConfig, new: RunConfig, path: Path) -> list[str]:
             raise UserError(f"{path} holds a run with {name} {before}, not {value}: choose another --run-dir")
         changed.append(f"{name} {before} -> {value}")
     return changed
-
-
-def _plain(value: Any) -> Any:
-    """Returns a value as a file gives it back: a tuple as a list."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -69,14 +69,14 @@ def run_serial(
             if stopped_by is not None:
                 break
             for actor, writer in zip(actors, writers, strict=True):
-                pushed = writer.counts()
+                # What it could push, before it had to wait in the middle, may be what the learner waits for.
+                before = writer.counts()
                 if actor.send_waiting(0.0):
                     actor.step()
                     progress.env_steps_of[actor.slot] = actor.env_steps
                     moved = True
-                moved |= (
-                    writer.counts() != pushed
-                )  # What it could push, before it had to wait, may be what the learner waits for.
+                after = writer.counts()
+                moved = moved or (after.inserted, after.refused) != (before.inserted, before.refused)
             assert moved, f"the serial run is stuck: {actors[0].stats().waits_for}; {learner.stats().waits_for}"
             now = time.monotonic()
             if now >= next_row:

@@ -91,7 +91,7 @@ def merge(
     weights, maximum = importance_weights(probability, draw_probability, num_items, exponent=importance_exponent)
     stacks = merge_stacks(parts, transfer.empty)
     if random_shift_pixels:  # Drawn by the items' own names: nothing to save, whichever thread it is.
-        rng = np.random.default_rng(np.concatenate([part.item_id for part in parts]))
+        rng = np.random.default_rng(np.concatenate([part.item_id for part in parts]).view(np.uint32))
         shift_randomly(stacks, rng, random_shift_pixels)
 
     def joined(name: str, dtype: type) -> Tensor:

@@ -10,7 +10,16 @@ import torch
 from scipy import stats
 from torch import nn
 
-from common.layers import CosineEmbedding, Head, NoisyLinear, PixelConv2d, SpectralConv2d, StandardizedConv2d, draw_noise
+from common.layers import (
+    CosineEmbedding,
+    Head,
+    NoisyLinear,
+    PixelConv2d,
+    SpectralConv2d,
+    StandardizedConv2d,
+    draw_noise,
+    standardized,
+)
 
 P_REJECT = 1e-6
 
@@ -83,7 +92,7 @@ def test_cosine_embedding_agrees_with_equation_4():
                 assert outputs[b, n, j] == pytest.approx(max(total, 0.0), abs=1e-5)
 
 
-def standardized(kind):
+def standardized_convolution(kind):
     torch.manual_seed(0)
     if kind == "pixel":
         return PixelConv2d(4, 6, 8, 4, scale=1 / 255, standardize=True)
@@ -92,17 +101,14 @@ def standardized(kind):
 
 def test_standardized_filters_are_those_of_the_papers():
     """Qiao et al. 2019, equation 8, divided by the root of the fan-in. Kills: the mean over all filters, an unbiased variance."""
-    layer = StandardizedConv2d(2, 3, 2)
     weight = torch.arange(24.0).reshape(3, 2, 2, 2) ** 2
-    with torch.no_grad():
-        layer.weight.copy_(weight)
     expected = np.stack([(w - w.mean()) / (w.std() * math.sqrt(8)) for w in weight.numpy().astype(float)])
-    np.testing.assert_allclose(layer.standardized().detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(standardized(weight).numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["pixel", "plain"])
 def test_a_standardized_convolution_sees_neither_gray_nor_the_length_and_mean_of_its_weight(kind):
-    layer = standardized(kind)
+    layer = standardized_convolution(kind)
     gray = torch.full((1, 4, 20, 20), 87.0)
     torch.testing.assert_close(layer(gray), layer.bias[None, :, None, None].expand_as(layer(gray)), rtol=1e-4, atol=1e-4)
     inputs = torch.randint(0, 256, (2, 4, 20, 20)).float()
@@ -120,16 +126,22 @@ def test_a_standardized_filter_without_shape_is_not_blown_up():
     layer = StandardizedConv2d(2, 1, 2)
     with torch.no_grad():
         layer.weight.copy_(1.0 + 1e-6 * torch.randn(layer.weight.shape))
-    assert layer.standardized().abs().max() < 1e-3
+    assert standardized(layer.weight).abs().max() < 1e-3
     layer(torch.randn(1, 2, 4, 4)).sum().backward()
     assert layer.weight.grad.isfinite().all()
 
 
 def test_standardized_filters_are_the_same_in_channels_last_memory_and_under_autocast():
-    layer, last = standardized("pixel"), standardized("pixel").to(memory_format=torch.channels_last)
+    layer = standardized_convolution("pixel")
+    last = standardized_convolution("pixel").to(memory_format=torch.channels_last)
     assert not last.weight.is_contiguous()
+    inputs = torch.randint(0, 256, (2, 4, 20, 20)).float()
+    filters, outputs = standardized(layer.weight), layer(inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(last.standardized(), layer.standardized(), rtol=1e-5, atol=1e-6)
+        for each in (layer, last):
+            torch.testing.assert_close(standardized(each.weight), filters, rtol=1e-5, atol=1e-6)
+            assert each(inputs).dtype == torch.bfloat16
+            torch.testing.assert_close(each(inputs).float(), outputs, rtol=0.02, atol=0.02)
 
 
 def singular_values(layer):

@@ -84,6 +84,15 @@ def test_a_killed_rank_restarts_all_from_the_checkpoint(start):
     _check_ledger(summary["ledger"], lost_causes=set())
 
 
+@pytest.mark.slow
+def test_a_run_of_two_ranks_goes_on_with_a_new_command(start):
+    ranks = ["--learner.num-devices", "2", "--learner.device", "cpu"]
+    for updates in (50, 100):
+        status, summary = start("--max-updates", str(updates), *ranks).end(150)
+        assert status == 0 and summary["updates"] == updates
+        _check_ledger(summary["ledger"], lost_causes=set())
+
+
 def test_a_killed_store_comes_back_and_actors_get_newer_parameters(start):
     """Behind the same handle, empty. Kills: one that stays empty, so that actors act with old parameters for ever."""
     run = start("--max-updates", "1000000", "--actors.params-alarm-seconds", "10")

@@ -1,6 +1,7 @@
 """The whole system in one process: repeatable to the bit, continued, and right about where everything went."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -161,6 +162,20 @@ def test_a_run_in_two_halves_equals_one_to_the_bit(name, tmp_path, monkeypatch):
     assert of_halves[1:] == of_whole[1:]
     assert second["ledger"] == straight["ledger"] and straight["ledger"]["balanced"]
     assert second["evaluation"]["returns"] == straight["evaluation"]["returns"]
+
+
+def test_a_run_of_a_version_with_fewer_settings_goes_on_to_the_bit(tmp_path):
+    """What they were is what a new setting is by default."""
+    train(tmp_path, *CARTPOLE, "--max-updates", "5")
+    run = run_dir.open_run(run_dir.read_config(tmp_path), tmp_path)
+    config = run_dir.read_config(tmp_path)
+    saved = run.meta["run_counters"]["config"]
+    del saved["network"]["weight_standardization"], saved["learner"]["random_shift_pixels"]
+    assert run.may_go_on_exactly(config)
+    assert not run.may_go_on_exactly(replace(config, learner=replace(config.learner, learning_rate=0.5)))
+    saved["network"]["unheard_of"] = 1
+    assert not run.may_go_on_exactly(config)
+    run.close()
 
 
 def test_other_actors_after_a_command_that_did_nothing_go_on_though_not_to_the_bit(tmp_path):

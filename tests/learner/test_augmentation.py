@@ -45,5 +45,7 @@ def test_shifts_follow_from_the_generator() -> None:
 def test_shifts_are_of_frames() -> None:
     with pytest.raises(ValueError, match="random_shift_pixels must be in"):
         LearnerConfig(random_shift_pixels=-1)
+    with pytest.raises(ValueError, match="random_shift_pixels must be in"):
+        LearnerConfig(random_shift_pixels=43)
     with pytest.raises(ValueError, match="CartPole-v1 has none: leave it out"):
         RunConfig(recipe="x", env=EnvConfig(game="CartPole-v1"), learner=LearnerConfig(random_shift_pixels=4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from common.config import EnvSpec
 from common.messages import SampleBatch
 from common.protocols import SampleReply
 from learner import batches
-from learner.batches import BatchSource, shares
+from learner.batches import BatchSource, merge, shares
 from learner.inputs import Transfer
 from replay_server.shard import ReplayShard
 
@@ -93,6 +94,25 @@ def make_source(readers, num_threads, batch_size=12):
         prefetch_threads=num_threads,
         transfer=Transfer(torch.device("cpu"), lambda stacks: stacks),
     )
+
+
+def test_shifts_follow_from_the_items_that_were_drawn(make_readers):
+    """Kills: a generator that is the same for every batch, or not for the same one."""
+    readers = make_readers(2)
+    for reader in readers:
+        reader.request(6)
+    parts = [wire.unpack(reader.collect(1.0).batch, SampleBatch) for reader in readers]
+    others = [replace(part, item_id=part.item_id[::-1].copy()) for part in parts]
+    transfer = Transfer(torch.device("cpu"), lambda stacks: stacks)
+
+    def stacks(parts, pixels):
+        batch = merge(parts, importance_exponent=0.4, transfer=transfer, random_shift_pixels=pixels)
+        return torch.stack([batch.s_tm1, batch.s_t])
+
+    assert torch.equal(stacks(parts, 0), stacks(others, 0))
+    assert not torch.equal(stacks(parts, 2), stacks(parts, 0))
+    assert torch.equal(stacks(parts, 2), stacks(parts, 2))
+    assert not torch.equal(stacks(parts, 2), stacks(others, 2))
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
