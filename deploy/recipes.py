@@ -188,7 +188,7 @@ def pong() -> RunConfig:
             publish_params="target",
             publish_period_updates=25,
         ),
-        evaluation=EvaluationConfig(episodes=10, final_episodes=30, num_envs=10, period_seconds=120.0, target_return=19.0),
+        evaluation=EvaluationConfig(episodes=10, final_episodes=30, num_envs=10, period_seconds=120.0, target_return=18.0),
         max_minutes=120.0,
     )
 
