@@ -285,15 +285,16 @@ def test_context_of_the_image_has_what_is_copied_and_nothing_private():
 def slurm(tmp_path):
     """Returns a start of slurm.sh on two pretended nodes, with a Ray, a Slurm and a qfleet that write down what they are told."""
     checkout, log, token = tmp_path / "checkout", tmp_path / "log", tmp_path / "auth_token"
+    started = []
     programs = {
         "scontrol": 'case $1 in show) echo "$3" ;; *) echo "scontrol $*" >>"$LOG" ;; esac',
         "srun": 'echo "srun ${*:1:6}" >>"$LOG"; for NODE in head cpu; do export NODE; bash -c "${*: -1}" & done; wait -n; wait',
         "getent": 'echo "10.0.0.1 STREAM"',
         "hostname": 'echo "$NODE"',
         "ray": 'echo "ray $*" >>"$LOG"; while [[ $1 != -- ]]; do shift; done; shift; [[ $NODE != head ]] || exec "$@"',
-        "qfleet": """trap 'kill $!; echo terminated >>"$LOG"; exit 130' TERM
+        "qfleet": """trap 'echo terminated >>"$LOG"; exit 130' TERM
                      echo "qfleet $*" >>"$LOG"
-                     [[ -z ${STAY:-} ]] || { sleep 60 & wait; }""",
+                     for ((i = 0; i < ${STAY:-0}; i++)); do sleep 0.05; done""",  # No child outlives a signal by more.
     }
     folder = checkout / ".venv" / "bin"
     folder.mkdir(parents=True)
@@ -317,9 +318,14 @@ def slurm(tmp_path):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | variables | more
         environment["PATH"] = f"{folder}:{environment['PATH']}"
         script = ["bash", str(FOLDER / "slurm.sh")]
-        return subprocess.Popen(script, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(script, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started.append(process)
+        return process
 
-    return start, log, token
+    yield start, log, token
+    for process in started:
+        with process:  # Closes its output, and waits.
+            process.kill()
 
 
 def test_slurm_starts_one_learner_and_keeps_the_token_off_command_lines(slurm):
@@ -347,9 +353,10 @@ def test_slurm_refuses_a_token_that_others_can_read(slurm):
 
 def test_slurm_asks_for_a_checkpoint_and_requeues_when_time_is_over(slurm):
     start, log, _ = slurm
-    process = start(STAY="1")
+    process = start(STAY="1200")
     deadline = time.monotonic() + 60
-    while not (log.exists() and "qfleet train" in log.read_text()) and time.monotonic() < deadline:
+    # The driver's own line: Ray's, which has the driver's command in it, comes before there is a driver to be told.
+    while not (log.exists() and "\nqfleet train" in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)
     assert "a checkpoint" in process.communicate(timeout=60)[0]
