@@ -14,7 +14,7 @@ PEERS := cpprb envpool gymnasium reverb rllib sb3 torchrl
 train: .venv/installed
 	$(BIN)/qfleet train $(RECIPE) $(if $(RUN_DIR),--run-dir $(RUN_DIR)) $(ARGS)
 
-# Two processes: one runs the tests that start Ray, one after another, and meanwhile the other one the rest.
+# Two processes: one runs the tests of deploy that start Ray, one after another, and meanwhile the other one the rest.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 

@@ -1,14 +1,12 @@
-"""Who can reach a run: Ray takes commands from everybody who reaches its sockets and has its token."""
+"""Who can reach a run: which sockets its processes listen on. Tests of several folders ask, and a real run in test_prometheus.py."""
 
 import contextlib
 import ipaddress
-import signal
 import subprocess
 import sys
 
 import psutil
 import pytest
-from ray_runs import Run, end_all
 
 
 def listening(process):
@@ -43,18 +41,3 @@ def test_listening_finds_the_socket_of_a_grandchild(address, reached):
         found = listening(psutil.Process(shell.pid))
         shell.stdin.close()
     assert [(ip, its_port, is_open(ip)) for ip, its_port, _ in found] == [(address, port, reached)]
-
-
-@pytest.mark.ray
-def test_a_local_run_listens_on_loopback_only(tmp_path):
-    words = ["train", "gridworld", "--run-dir", tmp_path / "run", "--max-updates", "1000000000", "--log-period-seconds", "1"]
-    run = Run(tmp_path / "run", *words, "--evaluation.period-seconds", "1")
-    try:
-        run.wait_for("an evaluation", lambda: any("evaluator/return_mean" in row for row in run.rows()))
-        found = listening(psutil.Process(run.process.pid))
-        run.process.send_signal(signal.SIGINT)
-        assert run.end()[0] == 130
-    finally:
-        end_all([run])
-    assert {"gcs_server", "raylet"} < {name for _, _, name in found}
-    assert [socket for socket in sorted(found) if is_open(socket[0])] == []

@@ -160,9 +160,11 @@ def test_help_says_what_each_metric_is(observed):
     assert {f"ray_{shard_metric_name(key)}": text for key, text in SHARD_METRICS.items()}.items() <= told.items()
 
 
-def test_the_port_is_on_loopback_only(observed):
-    found = {address for address, port, _ in observed.sockets if port == observed.port}
-    assert found and not any(is_open(address) for address in found)
+def test_a_local_run_listens_on_loopback_only(observed):
+    """Ray takes commands from everybody who reaches its sockets and has its token. The port of the metrics is one more of them."""
+    assert {"gcs_server", "raylet"} < {name for _, _, name in observed.sockets}
+    assert observed.port in {port for _, port, _ in observed.sockets}
+    assert [socket for socket in sorted(observed.sockets) if is_open(socket[0])] == []
 
 
 def unknown_metrics(queries, there):

@@ -50,21 +50,6 @@ def test_a_killed_actor_is_replaced_and_an_interrupted_run_goes_on(start):
     _check_ledger(second["ledger"], lost_causes=set())
 
 
-def test_a_killed_learner_goes_on_from_its_checkpoint(start):
-    run = start("--max-updates", "1000000", "--learner.checkpoint-period-seconds", "2")
-    run.wait_for("a checkpoint of some updates", lambda: any((run.path / "checkpoints").glob("0*[1-9]*")))
-    victim = run.workers()["learner"]["pid"]
-    os.kill(victim, signal.SIGKILL)
-    run.wait_for("a new learner", lambda: run.workers()["learner"]["pid"] != victim)
-    newest = max(int(path.name[:10]) for path in (run.path / "checkpoints").glob("0*"))
-    run.wait_for("more updates", lambda: run.updates() > newest + 50)
-    run.process.send_signal(signal.SIGINT)
-    status, summary = run.end()
-    assert status == 130 and summary["updates"] > newest + 50
-    assert run.text().count("it goes on from checkpoint") == 1
-    _check_ledger(summary["ledger"], lost_causes=set())
-
-
 def test_a_killed_rank_restarts_all_from_the_checkpoint(start):
     ranks = ["--learner.num-devices", "2", "--learner.device", "cpu"]
     run = start("--max-updates", "1000000", "--learner.checkpoint-period-seconds", "2", *ranks)
@@ -93,28 +78,28 @@ def test_a_run_of_two_ranks_goes_on_with_a_new_command(start):
         _check_ledger(summary["ledger"], lost_causes=set())
 
 
-def test_a_killed_store_comes_back_and_actors_get_newer_parameters(start):
-    """Behind the same handle, empty. Kills: one that stays empty, so that actors act with old parameters for ever."""
-    run = start("--max-updates", "1000000", "--actors.params-alarm-seconds", "10")
+def test_store_and_learner_are_killed_and_sigterm_ends_the_run_cleanly(start):
+    """The store comes back behind the same handle, empty. Kills: one that stays so, and actors act with old parameters for ever."""
+    run = start("--max-updates", "1000000", "--learner.checkpoint-period-seconds", "2", "--actors.params-alarm-seconds", "10")
     run.wait_for("updates", lambda: run.updates() > 5)
-    victim = run.workers()["store"]["pid"]
-    os.kill(victim, signal.SIGKILL)
-    run.wait_for("a new store", lambda: run.workers()["store"]["pid"] != victim)
+    store, learner = (run.workers()[name]["pid"] for name in ("store", "learner"))
+    os.kill(store, signal.SIGKILL)
+    run.wait_for("a new store", lambda: run.workers()["store"]["pid"] != store)
     then = run.updates()
     run.wait_for("an evaluation of newer parameters", lambda: run.rows()[-1].get("evaluator/params_version", 0) > then)
-    run.process.send_signal(signal.SIGINT)
-    status, summary = run.end()
-    assert status == 130 and "the params store is back; the learner publishes again" in run.text()
-    assert "stand still" not in run.text()
-    _check_ledger(summary["ledger"], lost_causes=set())
+    assert "the params store is back; the learner publishes again" in run.text() and "stand still" not in run.text()
 
-
-def test_sigterm_writes_a_checkpoint_and_ends_cleanly(start):
-    run = start("--max-updates", "1000000")
-    run.wait_for("updates", lambda: run.updates() > 5)
+    os.kill(learner, signal.SIGKILL)
+    run.wait_for("a new learner", lambda: run.workers()["learner"]["pid"] != learner)
+    newest = max(int(path.name[:10]) for path in (run.path / "checkpoints").glob("0*"))
+    assert newest > 0
+    run.wait_for("more updates", lambda: run.updates() > newest + 50)
     run.process.send_signal(signal.SIGTERM)
     status, summary = run.end()
-    assert status == 130 and list((run.path / "checkpoints").glob(f"{summary['updates']:010d}*"))
+    assert status == 130 and summary["updates"] > newest + 50
+    assert run.text().count("it goes on from checkpoint") == 1
+    assert list((run.path / "checkpoints").glob(f"{summary['updates']:010d}*"))
+    _check_ledger(summary["ledger"], lost_causes=set())
 
 
 # As `python -m deploy`, but actor 1's way to the params store never brings anything.

@@ -12,7 +12,7 @@ from tests.recipes.test_gridworld_oracle import PUBLISHED
 
 SOLVED = 195.0  # CartPole-v0: mean greedy return over 100 episodes of at most 200 steps.
 UPDATES = range(2_500, 9_501, 1_000)  # Where training pauses for an evaluation.
-LONG = ("btr", "munchausen_iqn", "rainbow")  # Half a minute or more; `make test` has them on the grid world.
+LONG = ("btr", "munchausen_iqn", "prioritized", "rainbow")  # Half a minute or more; `make test` has them on the grid world.
 
 
 def on_cartpole(config):
