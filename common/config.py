@@ -507,7 +507,10 @@ class LearnerConfig:
 
     random_shift_pixels: int = 0
     """Sampled observations are shifted at random by up to so many pixels, up or down and left or right (Yarats et al. 2021, DrQ,
-    which has 4). 0: off."""
+    which has 4), those of which targets are made never (Hansen et al. 2021, SVEA). 0: off."""
+
+    random_shift_fraction: float = 0.5
+    """So much of a batch is shifted, where random_shift_pixels is not 0. The rest is learned from as it is (SVEA, which has 0.5)."""
 
     prefetch_batches: int = 4
     """Batches held ready by the prefetch threads (one for each spare core, at most 4), and requests under way to each shard."""
@@ -565,6 +568,10 @@ class LearnerConfig:
         _require(
             0 <= self.random_shift_pixels <= 42,  # Half a frame.
             f"learner.random_shift_pixels must be in [0, 42], got {self.random_shift_pixels}",
+        )
+        _require(
+            0.0 < self.random_shift_fraction <= 1.0,
+            f"learner.random_shift_fraction must be in (0, 1], got {self.random_shift_fraction}",
         )
         _require_positive("learner", self, "num_devices")
         _require_fraction("learner", self, "importance_exponent", "target_soft_rate", "rmsprop_decay", "munchausen_coefficient")

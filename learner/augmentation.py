@@ -1,6 +1,8 @@
 """Random shifts of sampled observations, so that the network learns where things are to each other and not where they were.
 
-Source: Yarats, Kostrikov and Fergus 2021, "Image Augmentation Is All You Need" (DrQ), https://openreview.net/forum?id=GY6-6sTvGaf.
+Sources: Yarats, Kostrikov and Fergus 2021, "Image Augmentation Is All You Need" (DrQ), https://openreview.net/forum?id=GY6-6sTvGaf,
+for the shifts; Hansen, Su and Wang 2021, "Stabilizing Deep Q-Learning with ConvNets and Vision Transformers under Data Augmentation"
+(SVEA), https://arxiv.org/abs/2107.00644, for what is not shifted: the targets' observations, and a part of the others.
 """
 
 from __future__ import annotations
@@ -11,29 +13,29 @@ from common.messages import Array
 from learner.unpack import compiled, copy_bytes
 
 
-def shift_randomly(stacks: Array, rng: np.random.Generator, max_pixels: int) -> None:
-    """Shifts each stack in place by up to `max_pixels` up or down and left or right; pixels at the border are repeated.
+def shift_randomly(stacks: Array, rng: np.random.Generator, max_pixels: int, fraction: float) -> None:
+    """Shifts a part of the stacks in place by up to `max_pixels` up or down and left or right; pixels at the border are repeated.
 
-    As in DrQ: s_tm1 and s_t are shifted apart from each other, the planes of a stack together.
+    The planes of a stack are shifted together, stacks apart from each other.
 
     Args:
-      stacks: [2, B, K, H, W] of any dtype, contiguous.
-      rng: drawn from once, whatever comes out.
+      stacks: [B, ..., H, W] of any dtype, contiguous.
+      rng: drawn from for every stack, whatever comes out.
       max_pixels: less than H and W.
+      fraction: of the stacks, in expectation; each is shifted or left alone by itself.
     """
-    height, width = stacks.shape[-2:]
-    planes = stacks.reshape(-1, stacks.shape[2], height, width)
-    shifts = rng.integers(-max_pixels, max_pixels + 1, size=(len(planes), 2))
-    _shift(planes, shifts)
+    shifts = rng.integers(-max_pixels, max_pixels + 1, size=(len(stacks), 2))
+    (chosen,) = np.nonzero(rng.random(len(stacks)) < fraction)
+    _shift(stacks.reshape(len(stacks), -1, *stacks.shape[-2:]), shifts, chosen)
 
 
 @compiled
-def _shift(stacks: Array, shifts: Array) -> None:
-    """Plane by plane: output (y, x) is input (y + dy, x + dx), or the pixel of the border next to it."""
+def _shift(stacks: Array, shifts: Array, chosen: Array) -> None:
+    """Plane by plane of the chosen stacks: output (y, x) is input (y + dy, x + dx), or the pixel of the border next to it."""
     height, width = stacks.shape[2], stacks.shape[3]
     row_bytes, pixel_bytes = width * stacks.itemsize, stacks.itemsize
     before = np.empty((height, width), stacks.dtype)
-    for item in range(len(stacks)):
+    for item in chosen:
         dy, dx = shifts[item]
         left, right = max(-dx, 0), width - max(dx, 0)  # Columns of the output that come from within.
         for k in range(stacks.shape[1]):

@@ -75,6 +75,7 @@ def merge(
     importance_exponent: float,
     transfer: Transfer,
     random_shift_pixels: int = 0,
+    random_shift_fraction: float = 1.0,
     clock: PhaseClock | None = None,
 ) -> Batch:
     """Merges the shards' parts into one batch; `clock` counts as `transfer` what bringing it to the device takes.
@@ -92,7 +93,7 @@ def merge(
     stacks = merge_stacks(parts, transfer.empty)
     if random_shift_pixels:  # Drawn by the items' own names: nothing to save, whichever thread it is.
         rng = np.random.default_rng(np.concatenate([part.item_id for part in parts]).view(np.uint32))
-        shift_randomly(stacks, rng, random_shift_pixels)
+        shift_randomly(stacks[0], rng, random_shift_pixels, random_shift_fraction)
 
     def joined(name: str, dtype: type) -> Tensor:
         return transfer.scalars(np.concatenate([getattr(part, name) for part in parts]).astype(dtype))
@@ -146,11 +147,13 @@ class BatchSource:
         prefetch_threads: int,
         transfer: Transfer,
         random_shift_pixels: int = 0,
+        random_shift_fraction: float = 1.0,
     ) -> None:
         """`num_items` is how many each reader's shard is asked for."""
         self._readers = readers
         self._num_items = num_items
         self._random_shift_pixels = random_shift_pixels
+        self._random_shift_fraction = random_shift_fraction
         self.importance_exponent, self._transfer = importance_exponent, transfer
         self._prefetch_batches, self._prefetch_threads = prefetch_batches, prefetch_threads
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(prefetch_batches)
@@ -257,6 +260,7 @@ class BatchSource:
                     importance_exponent=self.importance_exponent,
                     transfer=self._transfer,
                     random_shift_pixels=self._random_shift_pixels,
+                    random_shift_fraction=self._random_shift_fraction,
                     clock=clock,
                 )
         except WireError as error:

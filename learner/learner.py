@@ -82,6 +82,7 @@ class Learner:
             prefetch_threads=min(torch.get_num_threads(), MAX_PREFETCH_THREADS),
             transfer=self._update.transfer,
             random_shift_pixels=config.random_shift_pixels,
+            random_shift_fraction=config.random_shift_fraction,
         )
         self._clock = PhaseClock()
         self._batch: Batch | None = None  # Fetched, and not learned from yet: another rank had none.

@@ -170,7 +170,7 @@ def test_a_run_of_a_version_with_fewer_settings_goes_on_to_the_bit(tmp_path):
     run = run_dir.open_run(run_dir.read_config(tmp_path), tmp_path)
     config = run_dir.read_config(tmp_path)
     saved = run.meta["run_counters"]["config"]
-    del saved["network"]["weight_standardization"], saved["learner"]["random_shift_pixels"]
+    del saved["network"]["weight_standardization"], saved["learner"]["random_shift_fraction"]
     assert run.may_go_on_exactly(config)
     assert not run.may_go_on_exactly(replace(config, learner=replace(config.learner, learning_rate=0.5)))
     saved["network"]["unheard_of"] = 1

@@ -105,14 +105,19 @@ def test_shifts_follow_from_the_items_that_were_drawn(make_readers):
     others = [replace(part, item_id=part.item_id[::-1].copy()) for part in parts]
     transfer = Transfer(torch.device("cpu"), lambda stacks: stacks)
 
-    def stacks(parts, pixels):
-        batch = merge(parts, importance_exponent=0.4, transfer=transfer, random_shift_pixels=pixels)
-        return torch.stack([batch.s_tm1, batch.s_t])
+    def merged(parts, pixels, fraction=1.0):
+        return merge(
+            parts, importance_exponent=0.4, transfer=transfer, random_shift_pixels=pixels, random_shift_fraction=fraction
+        )
 
-    assert torch.equal(stacks(parts, 0), stacks(others, 0))
-    assert not torch.equal(stacks(parts, 2), stacks(parts, 0))
-    assert torch.equal(stacks(parts, 2), stacks(parts, 2))
-    assert not torch.equal(stacks(parts, 2), stacks(others, 2))
+    as_they_are, shifted, again = merged(parts, 0), merged(parts, 2), merged(parts, 2)
+    assert torch.equal(merged(others, 0).s_tm1, as_they_are.s_tm1)
+    assert not torch.equal(shifted.s_tm1, as_they_are.s_tm1)
+    assert torch.equal(shifted.s_tm1, again.s_tm1)
+    assert not torch.equal(shifted.s_tm1, merged(others, 2).s_tm1)
+    assert not torch.equal(shifted.s_tm1, merged(parts, 2, 0.5).s_tm1)
+    for batch in (shifted, merged(others, 2)):
+        assert torch.equal(batch.s_t, as_they_are.s_t), "targets are made of what was seen"
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
