@@ -4,6 +4,7 @@ Sources: the papers that `deploy/recipes.py` names and, where a paper leaves a f
 authors' own code.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -77,6 +78,13 @@ def test_recipe_builds_under_its_name_and_can_be_written_and_read(name):
     config = RECIPES[name]()
     assert config.recipe == name
     assert from_dict(as_dict(config)) == config
+
+
+def test_breakout_has_the_settings_of_pong():
+    """No setting is for Pong alone: other games differ from it in how they are evaluated."""
+    pong, breakout = RECIPES["pong"](), RECIPES["breakout"]()
+    evaluation = replace(breakout.evaluation, target_return=pong.evaluation.target_return, epsilon=pong.evaluation.epsilon)
+    assert replace(breakout, recipe="pong", env=replace(breakout.env, game="pong"), evaluation=evaluation) == pong
 
 
 @pytest.mark.parametrize("name", FIGURES)
