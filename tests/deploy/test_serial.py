@@ -164,6 +164,14 @@ def test_a_run_in_two_halves_equals_one_to_the_bit(name, tmp_path, monkeypatch):
     assert second["evaluation"]["returns"] == straight["evaluation"]["returns"]
 
 
+def test_a_run_that_goes_on_to_the_bit_says_that_its_environments_play_again(tmp_path, capsys):
+    """That takes minutes for a long run, in which nothing else is to be seen."""
+    _, first = train(tmp_path, *CARTPOLE, "--max-updates", "5")
+    assert "again" not in capsys.readouterr().out
+    train(tmp_path, *CARTPOLE, "--max-updates", "10")
+    assert f"environments play their {first['env_steps']} steps again" in capsys.readouterr().out
+
+
 def test_a_run_of_a_version_with_fewer_settings_goes_on_to_the_bit(tmp_path):
     """What they were is what a new setting is by default."""
     train(tmp_path, *CARTPOLE, "--max-updates", "5")
