@@ -512,6 +512,10 @@ class LearnerConfig:
     random_shift_fraction: float = 0.5
     """So much of a batch is shifted, where random_shift_pixels is not 0. The rest is learned from as it is (SVEA, which has 0.5)."""
 
+    random_shift_anneal_updates: int | None = None
+    """Updates over which that fraction rises linearly from 0: what a network sees for the first time is learned sooner as it is,
+    and what it has seen often is learned by heart (Ko and Ok 2022, on when to augment). None: it is the same from the start."""
+
     prefetch_batches: int = 4
     """Batches held ready by the prefetch threads (one for each spare core, at most 4), and requests under way to each shard."""
 
@@ -573,6 +577,7 @@ class LearnerConfig:
             0.0 < self.random_shift_fraction <= 1.0,
             f"learner.random_shift_fraction must be in (0, 1], got {self.random_shift_fraction}",
         )
+        _require_positive("learner", self, "random_shift_anneal_updates")
         _require_positive("learner", self, "num_devices")
         _require_fraction("learner", self, "importance_exponent", "target_soft_rate", "rmsprop_decay", "munchausen_coefficient")
         _require(self.munchausen_clip <= 0, f"learner.munchausen_clip must not be positive, got {self.munchausen_clip}")

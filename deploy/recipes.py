@@ -151,7 +151,7 @@ def gridworld() -> RunConfig:
 
 def pong() -> RunConfig:
     """Atari on two cores: the network of 2013 with layer norm and standardized filters, 32 quantiles, n = 7, a discount of 0.97, double
-    Q-learning, four samples a step, an eighth of a batch shifted at random; the target is an average of the last 200 updates, and it
+    Q-learning, four samples a step, more and more frames shifted at random; the target is an average of the last 200 updates, and it
     is also what plays. A lost life is a terminal state in training, as in Mnih et al. 2015. `docs/experiments.md` has what was tried.
     """
     return RunConfig(
@@ -187,8 +187,9 @@ def pong() -> RunConfig:
             target_soft_rate=0.005,
             publish_params="target",
             publish_period_updates=25,
-            random_shift_pixels=4,  # Breakout stays at 20 points without; more than a small part slows Pong.
-            random_shift_fraction=0.125,
+            random_shift_pixels=4,  # Breakout stays at 20 points without; from the first update on they slow Pong.
+            random_shift_fraction=0.5,
+            random_shift_anneal_updates=60_000,
         ),
         evaluation=EvaluationConfig(episodes=10, final_episodes=30, num_envs=10, period_seconds=120.0, target_return=18.0),
         max_minutes=120.0,

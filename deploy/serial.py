@@ -142,7 +142,6 @@ def _make(
         actors.append(roles.make_actor(config, spec, run, slot, incarnation, steps, writer, params))
     system = System(shards, store, learner, actors, writers)
     if is_exact and saved is not None:
-        num_steps = sum(progress.env_steps_of.values())
         recorder.event(
             f"environments play their {progress.env_steps:,} steps again, so that the run goes on to the bit: minutes for a million"
         )

@@ -153,8 +153,8 @@ class BatchSource:
         self._readers = readers
         self._num_items = num_items
         self._random_shift_pixels = random_shift_pixels
-        self._random_shift_fraction = random_shift_fraction
-        self.importance_exponent, self._transfer = importance_exponent, transfer
+        self.importance_exponent, self.random_shift_fraction = importance_exponent, random_shift_fraction
+        self._transfer = transfer
         self._prefetch_batches, self._prefetch_threads = prefetch_batches, prefetch_threads
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(prefetch_batches)
         self._stopping = threading.Event()
@@ -260,7 +260,7 @@ class BatchSource:
                     importance_exponent=self.importance_exponent,
                     transfer=self._transfer,
                     random_shift_pixels=self._random_shift_pixels,
-                    random_shift_fraction=self._random_shift_fraction,
+                    random_shift_fraction=self.random_shift_fraction,
                     clock=clock,
                 )
         except WireError as error:

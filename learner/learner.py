@@ -109,6 +109,7 @@ class Learner:
         self._pause: float | None = None  # The longest of them since a checkpoint was begun; None while there is none.
         self._saver = ThreadPoolExecutor(1, "checkpoint")
         self._saving: Future[Path] | None = None
+        self._anneal()
 
     @property
     def updates(self) -> int:
@@ -337,8 +338,12 @@ class Learner:
         self._last_end = now
 
     def _anneal(self) -> None:
-        """Sets what changes over the run: the importance exponent of batches that are drawn from now on, and the learning rate."""
+        """Sets what changes over the run: importance exponent and shifts of batches that are drawn from now on, and the learning rate."""
         config = self._config
+        if config.random_shift_anneal_updates is not None:
+            self._source.random_shift_fraction = schedules.linear(
+                self.updates, initial=0.0, final=config.random_shift_fraction, num=config.random_shift_anneal_updates
+            )
         if config.importance_anneal_updates is not None:
             self._source.importance_exponent = schedules.linear(
                 self.updates, initial=config.importance_exponent, final=1.0, num=config.importance_anneal_updates

@@ -10,6 +10,7 @@ pytestmark = pytest.mark.ray
 
 COMMAND = ["train", "gridworld", "--log-period-seconds", "1", "--evaluation.final-episodes", "5"]
 FLEET = ["--actors.num-actors", "3", "--replay.num-shards", "2", "--actors.num-envs", "2", "--evaluation.period-seconds", "1"]
+ONE_ACTOR = ["--actors.num-actors", "1"]  # Where what happens is not to actors: each takes seconds to start.
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_a_killed_actor_is_replaced_and_an_interrupted_run_goes_on(start):
 
 
 def test_a_killed_rank_restarts_all_from_the_checkpoint(start):
-    ranks = ["--learner.num-devices", "2", "--learner.device", "cpu"]
+    ranks = [*ONE_ACTOR, "--learner.num-devices", "2", "--learner.device", "cpu"]
     run = start("--max-updates", "1000000", "--learner.checkpoint-period-seconds", "2", *ranks)
     run.wait_for("a checkpoint of some updates", lambda: any((run.path / "checkpoints").glob("0*[1-9]*")))
     before = run.workers()
@@ -71,7 +72,7 @@ def test_a_killed_rank_restarts_all_from_the_checkpoint(start):
 
 @pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on_with_a_new_command(start):
-    ranks = ["--learner.num-devices", "2", "--learner.device", "cpu"]
+    ranks = [*ONE_ACTOR, "--learner.num-devices", "2", "--learner.device", "cpu"]
     for updates in (50, 100):
         status, summary = start("--max-updates", str(updates), *ranks).end(150)
         assert status == 0 and summary["updates"] == updates
@@ -80,7 +81,8 @@ def test_a_run_of_two_ranks_goes_on_with_a_new_command(start):
 
 def test_store_and_learner_are_killed_and_sigterm_ends_the_run_cleanly(start):
     """The store comes back behind the same handle, empty. Kills: one that stays so, and actors act with old parameters for ever."""
-    run = start("--max-updates", "1000000", "--learner.checkpoint-period-seconds", "2", "--actors.params-alarm-seconds", "10")
+    periods = ["--learner.checkpoint-period-seconds", "2", "--actors.params-alarm-seconds", "10"]
+    run = start("--max-updates", "1000000", *periods, *ONE_ACTOR)
     run.wait_for("updates", lambda: run.updates() > 5)
     store, learner = (run.workers()[name]["pid"] for name in ("store", "learner"))
     os.kill(store, signal.SIGKILL)

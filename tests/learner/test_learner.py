@@ -232,6 +232,23 @@ def test_observations_are_shifted_where_so_configured_and_the_same_after_a_resta
     np.testing.assert_array_equal(online(again), online(shifted))
 
 
+def test_the_shifted_fraction_rises_over_its_updates_and_is_the_same_after_a_restart(make_learner, tmp_path):
+    """Kills: a fraction that begins at its end, or again at 0 after a restart."""
+    settings = {"random_shift_pixels": 1, "random_shift_fraction": 0.5}
+    learner, *_ = make_learner(**settings, random_shift_anneal_updates=4)
+    fractions = []
+    for _ in range(6):
+        fractions.append(learner._source.random_shift_fraction)
+        steps(learner, 1)
+    assert fractions == pytest.approx([0.0, 0.125, 0.25, 0.375, 0.5, 0.5])
+    again, *_ = make_learner(**settings, random_shift_anneal_updates=12)
+    again.restore(tmp_path / "checkpoints" / learner.save({}))
+    assert again._source.random_shift_fraction == pytest.approx(0.25)
+    constant, *_ = make_learner(**settings)
+    steps(constant, 1)
+    assert constant._source.random_shift_fraction == 0.5
+
+
 def test_late_reports_change_no_parameter_and_no_priority(make_learner):
     """On a GPU an update's TD errors are read after the next one was launched; here the same order is asked of a CPU."""
     direct, (at_once,), _ = make_learner()
