@@ -513,8 +513,8 @@ class LearnerConfig:
     """So much of a batch is shifted, where random_shift_pixels is not 0. The rest is learned from as it is (SVEA, which has 0.5)."""
 
     random_shift_anneal_updates: int | None = None
-    """Updates over which that fraction rises linearly from 0: what a network sees for the first time is learned sooner as it is,
-    and what it has seen often is learned by heart (Ko and Ok 2022, on when to augment). None: it is the same from the start."""
+    """Updates over which that fraction rises linearly from 0, as shifts are in the way of learning at first (Ko and Ok 2022, who put
+    augmentation off), and nothing is known by heart yet. None: it is the same from the start."""
 
     prefetch_batches: int = 4
     """Batches held ready by the prefetch threads (one for each spare core, at most 4), and requests under way to each shard."""
