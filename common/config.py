@@ -506,11 +506,11 @@ class LearnerConfig:
     """Added to abs(td_error), so that every transition can be drawn again."""
 
     random_shift_pixels: int = 0
-    """Sampled observations are shifted at random by up to so many pixels, up or down and left or right (Yarats et al. 2021, DrQ,
-    which has 4), those of which targets are made never (Hansen et al. 2021, SVEA). 0: off."""
+    """s_tm1 is shifted at random by up to so many pixels, up or down and left or right (Yarats et al. 2021, DrQ, which has 4); s_t
+    never, so that targets are made of what was seen (the idea of SVEA, Hansen et al. 2021). 0: off."""
 
     random_shift_fraction: float = 0.5
-    """So much of a batch is shifted, where random_shift_pixels is not 0. The rest is learned from as it is (SVEA, which has 0.5)."""
+    """So much of a batch is shifted, where random_shift_pixels is not 0. The rest is learned from as it is."""
 
     random_shift_anneal_updates: int | None = None
     """Updates over which that fraction rises linearly from 0, as shifts are in the way of learning at first (Ko and Ok 2022, who put

@@ -197,7 +197,7 @@ def pong() -> RunConfig:
 
 
 def breakout() -> RunConfig:
-    """Breakout with the settings of `pong`, to its last minute."""
+    """Breakout with the settings of `pong`; only the evaluation differs."""
     base = pong()
     return replace(
         base,

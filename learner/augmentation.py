@@ -2,7 +2,9 @@
 
 Sources: Yarats, Kostrikov and Fergus 2021, "Image Augmentation Is All You Need" (DrQ), https://openreview.net/forum?id=GY6-6sTvGaf,
 for the shifts; Hansen, Su and Wang 2021, "Stabilizing Deep Q-Learning with ConvNets and Vision Transformers under Data Augmentation"
-(SVEA), https://arxiv.org/abs/2107.00644, for what is not shifted: the targets' observations, and a part of the others.
+(SVEA), https://arxiv.org/abs/2107.00644, for targets of observations that were not augmented, and for learning from such ones too;
+Ko and Ok 2022, "Efficient Scheduling of Data Augmentation for Deep Reinforcement Learning", https://arxiv.org/abs/2206.00518, for
+augmentation that is put off.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def merge(
     importance_exponent: float,
     transfer: Transfer,
     random_shift_pixels: int = 0,
-    random_shift_fraction: float = 1.0,
+    random_shift_fraction: float = 0.0,
     clock: PhaseClock | None = None,
 ) -> Batch:
     """Merges the shards' parts into one batch; `clock` counts as `transfer` what bringing it to the device takes.
@@ -147,7 +147,7 @@ class BatchSource:
         prefetch_threads: int,
         transfer: Transfer,
         random_shift_pixels: int = 0,
-        random_shift_fraction: float = 1.0,
+        random_shift_fraction: float = 0.0,
     ) -> None:
         """`num_items` is how many each reader's shard is asked for."""
         self._readers = readers

@@ -338,7 +338,7 @@ class Learner:
         self._last_end = now
 
     def _anneal(self) -> None:
-        """Sets what changes over the run: importance exponent and shifts of batches that are drawn from now on, and the learning rate."""
+        """Sets what changes over the run: of batches drawn from now on importance exponent and shifted fraction; the learning rate."""
         config = self._config
         if config.random_shift_anneal_updates is not None:
             self._source.random_shift_fraction = schedules.linear(

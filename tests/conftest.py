@@ -16,7 +16,7 @@ ray_environment.prepare()  # Before any test imports Ray, which reads it then.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps a folder's tests that start Ray in one process, where several run the tests: with one for all, the others end long before."""
+    """Keeps a folder's tests that start Ray in one process, where several run the tests."""
     for item in items:
         if item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group(f"ray in {item.path.parent.name}"))

@@ -1,4 +1,4 @@
-"""Who can reach a run: which sockets its processes listen on. Tests of several folders ask, and a real run in test_prometheus.py."""
+"""Who can reach a run: which sockets its processes listen on. test_prometheus.py asks that of a real run."""
 
 import contextlib
 import ipaddress

@@ -89,13 +89,17 @@ def test_store_and_learner_are_killed_and_sigterm_ends_the_run_cleanly(start):
     run.wait_for("a new store", lambda: run.workers()["store"]["pid"] != store)
     then = run.updates()
     run.wait_for("an evaluation of newer parameters", lambda: run.rows()[-1].get("evaluator/params_version", 0) > then)
-    assert "the params store is back; the learner publishes again" in run.text() and "stand still" not in run.text()
+    run.wait_for(
+        "an actor with newer ones", lambda: run.rows()[-1]["updates"] - run.rows()[-1]["actor/params_lag_updates_max"] > then
+    )
+    assert "the params store is back; the learner publishes again" in run.text()
 
+    run.wait_for("a checkpoint of some updates", lambda: any((run.path / "checkpoints").glob("0*[1-9]*")))
     os.kill(learner, signal.SIGKILL)
     run.wait_for("a new learner", lambda: run.workers()["learner"]["pid"] != learner)
     newest = max(int(path.name[:10]) for path in (run.path / "checkpoints").glob("0*"))
-    assert newest > 0
     run.wait_for("more updates", lambda: run.updates() > newest + 50)
+    assert "stand still" not in run.text()
     run.process.send_signal(signal.SIGTERM)
     status, summary = run.end()
     assert status == 130 and summary["updates"] > newest + 50

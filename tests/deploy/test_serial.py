@@ -19,7 +19,10 @@ def train(path, *words):
     return status, json.loads((path / "summary.json").read_text())
 
 
-PONG = ["pong", "--actors.num-envs", "2", "--replay.min-size", "64", "--learner.batch-size", "8", "--max-env-steps", "100"]
+PONG = [
+    *["pong", "--actors.num-envs", "2", "--replay.min-size", "64", "--learner.batch-size", "8", "--max-env-steps", "100"],
+    *["--learner.random-shift-anneal-updates", "10"],
+]
 
 
 @pytest.mark.parametrize("recipe", [["cartpole", "--max-updates", "40"], PONG], ids=["cartpole", "pong"])
@@ -118,6 +121,7 @@ EXACT = {
     "implicit quantiles": [*CARTPOLE, "--network.distribution", "implicit_quantile"],
     "pong": [
         *["pong", "--actors.num-envs", "2", "--replay.min-size", "64", "--learner.batch-size", "8"],
+        *["--learner.random-shift-anneal-updates", "20"],
         *["--evaluation.episodes", "1", "--env.max-episode-frames", "400"],
     ],
 }
@@ -169,7 +173,7 @@ def test_a_run_that_goes_on_to_the_bit_says_that_its_environments_play_again(tmp
     _, first = train(tmp_path, *CARTPOLE, "--max-updates", "5")
     assert "again" not in capsys.readouterr().out
     train(tmp_path, *CARTPOLE, "--max-updates", "10")
-    assert f"environments play their {first['env_steps']} steps again" in capsys.readouterr().out
+    assert f"environments play their {first['env_steps']:,} steps again" in capsys.readouterr().out
 
 
 def test_a_run_of_a_version_with_fewer_settings_goes_on_to_the_bit(tmp_path):
@@ -178,7 +182,9 @@ def test_a_run_of_a_version_with_fewer_settings_goes_on_to_the_bit(tmp_path):
     run = run_dir.open_run(run_dir.read_config(tmp_path), tmp_path)
     config = run_dir.read_config(tmp_path)
     saved = run.meta["run_counters"]["config"]
-    del saved["network"]["weight_standardization"], saved["learner"]["random_shift_fraction"]
+    del saved["network"]["weight_standardization"]
+    for name in ("pixels", "fraction", "anneal_updates"):
+        del saved["learner"][f"random_shift_{name}"]
     assert run.may_go_on_exactly(config)
     assert not run.may_go_on_exactly(replace(config, learner=replace(config.learner, learning_rate=0.5)))
     saved["network"]["unheard_of"] = 1

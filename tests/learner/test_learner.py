@@ -241,6 +241,14 @@ def test_the_shifted_fraction_rises_over_its_updates_and_is_the_same_after_a_res
         fractions.append(learner._source.random_shift_fraction)
         steps(learner, 1)
     assert fractions == pytest.approx([0.0, 0.125, 0.25, 0.375, 0.5, 0.5])
+    plain, *_ = make_learner()
+    shifted, *_ = make_learner(random_shift_pixels=1, random_shift_fraction=1.0, random_shift_anneal_updates=1)
+    same = []
+    for _ in range(2):
+        for one in (plain, shifted):
+            steps(one, 1)
+        same.append(np.array_equal(online(plain), online(shifted)))
+    assert same == [True, False], "the batches follow the fraction"
     again, *_ = make_learner(**settings, random_shift_anneal_updates=12)
     again.restore(tmp_path / "checkpoints" / learner.save({}))
     assert again._source.random_shift_fraction == pytest.approx(0.25)
